@@ -1,0 +1,635 @@
+"""What a run is told: frozen pydantic models that refuse unknown keys and, by tagged unions, illegal mixes.
+
+`load(path, overrides)` merges a YAML file and `--section.field value` overrides, and validates the whole once, so that
+all mistakes are reported together, each with the field, the value, why, and what to use instead. Left out on purpose:
+building anything (that is `cli.py`'s) and other systems' spellings (`dialects/`). See `cispo train --help`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from cispo.types import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Threshold = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=True)
+
+
+# -------------------------------------------------------------------------------------------------------- objectives
+
+
+class _Clipped(Section):
+    clip_low_threshold: Threshold
+    clip_high_threshold: Threshold
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Clipped:
+        if self.clip_low_threshold > self.clip_high_threshold:
+            raise ValueError(
+                f"clip_low_threshold {self.clip_low_threshold:g} is above clip_high_threshold "
+                f"{self.clip_high_threshold:g}; both are absolute bounds on the importance ratio, low ≤ high"
+            )
+        return self
+
+
+class CispoObjective(_Clipped):
+    """CISPO: the clipped, detached importance ratio times A·log π (MiniMax-M1 eq. 4)."""
+
+    type: Literal["cispo"] = "cispo"
+    clip_low_threshold: Threshold = 0.0
+    """Absolute lower bound of the ratio. A positive one off-policy can run away (tinker-cookbook #763)."""
+    clip_high_threshold: Threshold = 4.0
+    """Absolute cap of the ratio. ScaleRL: 4, 5 and 8 do not differ."""
+    mask_low_threshold: Threshold | None = None
+    """Token mask M of MiniMax-M1 eq. 6-7: silence A < 0 below this ratio. None: never."""
+    mask_high_threshold: Threshold | None = None
+    """Token mask M of MiniMax-M1 eq. 6-7: silence A > 0 above this ratio. None: never."""
+
+
+class PpoClipObjective(_Clipped):
+    """PPO's clipped objective, as GRPO uses it (0.8/1.2) and DAPO's clip-higher (0.8/1.28)."""
+
+    type: Literal["ppo_clip"] = "ppo_clip"
+    clip_low_threshold: Threshold = 0.8
+    clip_high_threshold: Threshold = 1.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip: bounds the loss of tokens with A < 0 at dual_clip·|A|."""
+
+
+class ImportanceSamplingObjective(Section):
+    """−r·A with the gradient through r."""
+
+    type: Literal["importance_sampling"] = "importance_sampling"
+
+
+class ReinforceObjective(Section):
+    """−A·log π."""
+
+    type: Literal["reinforce"] = "reinforce"
+
+
+ObjectiveConfig = Annotated[
+    CispoObjective | PpoClipObjective | ImportanceSamplingObjective | ReinforceObjective, Field(discriminator="type")
+]
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (extra `lora`); the reference model of a KL term is then the model without its adapter."""
+
+    rank: PositiveInt = 16
+    alpha: Positive = 32.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A `transformers` model folder or hub id. None: the embedded base of the `think` task."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: what the model folder says."""
+    head_dtype: Literal["float32"] | None = None
+    """`float32` runs the language-model head in float32 (MiniMax-M1 §3, ScaleRL); None: in the model's dtype."""
+    device: str = "auto"
+    """`auto`: cuda where there is one, else cpu."""
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+
+
+class LearnerConfig(Section):
+    """How a batch is laid out. Nothing here can change the result."""
+
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens in one forward and backward."""
+    max_padding_share: Share = 0.25
+    """Rows are sorted by length and a micro-batch is cut before its padding exceeds this share."""
+    head_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+
+
+# -------------------------------------------------------------------------------------------------------------- task
+
+
+class _Reward(Section):
+    weight: float = 1.0
+    timeout_s: Positive = 30.0
+
+
+class ExactReward(_Reward):
+    """1 where the completion, stripped, equals the column."""
+
+    type: Literal["exact"] = "exact"
+    column: str = "answer"
+
+
+class MathReward(_Reward):
+    """1 where math-verify finds the column's expression in the completion (extra `math`)."""
+
+    type: Literal["math"] = "math"
+    column: str = "answer"
+
+
+class FormatReward(_Reward):
+    """1 where the regular expression matches."""
+
+    type: Literal["format"] = "format"
+    pattern: str
+    mode: Literal["fullmatch", "search"] = "fullmatch"
+
+
+class LengthReward(_Reward):
+    """DAPO's soft overlong penalty (arXiv:2503.14476 eq. 13): 0 down to −1 over the last `cache_tokens`."""
+
+    type: Literal["length"] = "length"
+    max_tokens: PositiveInt
+    cache_tokens: PositiveInt
+
+
+class FunctionReward(_Reward):
+    """Your own: `package.module:function`, called as f(prompts, completions, **columns) -> list[float | None]."""
+
+    type: Literal["function"] = "function"
+    path: str
+
+
+RewardConfig = Annotated[
+    ExactReward | MathReward | FormatReward | LengthReward | FunctionReward, Field(discriminator="type")
+]
+
+
+class ThinkTask(Section):
+    """The embedded task: the sum of six digits mod 10, by a model that has almost forgotten how to think."""
+
+    type: Literal["think"] = "think"
+    train_prompts: PositiveInt = 8192
+    eval_prompts: PositiveInt = 512
+
+
+class _Dataset(Section):
+    prompt_column: str = "prompt"
+    """A string, or chat messages for the model's chat template."""
+    chat_template: bool = False
+    """Wrap string prompts as a user message of the chat template."""
+    system: str | None = None
+    max_prompt_tokens: PositiveInt | None = None
+    overlong_prompts: Literal["error", "drop"] = "error"
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """The first decides what counts as correct (≥ 0.5) in accuracy, pass@k and length by correctness."""
+    max_failure_share: Share = 0.5
+    """The run stops when more than this share of recent calls of a reward function failed."""
+    eval_fraction: Share = 0.0
+    """Held out of the training file where there is no evaluation set."""
+
+
+class JsonlTask(_Dataset):
+    """Rows of a JSONL file."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: str
+    eval_path: str | None = None
+
+
+class HubTask(_Dataset):
+    """A dataset of the Hugging Face hub (extra `datasets`)."""
+
+    type: Literal["hub"] = "hub"
+    name: str
+    config_name: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+
+
+TaskConfig = Annotated[ThinkTask | JsonlTask | HubTask, Field(discriminator="type")]
+
+
+# ------------------------------------------------------------------------------------------------- rollout, algorithm
+
+
+class RolloutConfig(Section):
+    groups_per_step: PositiveInt = 32
+    """Prompts of one RL step."""
+    group_size: PositiveInt = 16
+    """Completions of one prompt."""
+    max_tokens: PositiveInt = 10
+    temperature: Positive = 1.0
+    """Part of the policy: the trainer divides logits by it too."""
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Share = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
+    """None: the model's EOS ids. (): never stop at a token."""
+    max_batch_rows: PositiveInt = 512
+    """Rows that the local sampler decodes at once."""
+    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    """Completions that ran into max_tokens: train on them, mask their tokens, or replace their reward."""
+    truncated_reward: float = 0.0
+    """The reward of a truncated completion under `truncated: penalize`."""
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose rewards are all equal: keep them in the averages (they cost no compute either way), drop them
+    (ScaleRL), or sample further prompts until the step is full of others (DAPO dynamic sampling)."""
+    max_resample_rounds: PositiveInt = 4
+    """`resample` gives up after this many times groups_per_step prompts and trains on the valid groups it has."""
+    pass_rate_ceiling: Share | None = None
+    """Prompts with at least this share of correct completions leave later epochs (ScaleRL: 0.9)."""
+
+
+class KLConfig(Section):
+    """A penalty towards the reference model (the one the run started from)."""
+
+    coef: Positive
+    form: Literal["k1", "k2", "k3"] = "k3"
+
+
+class AlgorithmConfig(Section):
+    objective: ObjectiveConfig = CispoObjective()
+    anchor: Literal["sampler", "proximal"] = "sampler"
+    """The denominator of the ratio: log-probs of the sampler, or recomputed before the first update on a batch."""
+    advantage: Literal["group", "group_mean", "leave_one_out", "batch_std", "none"] = "group"
+    """GRPO, Dr. GRPO, RLOO, ScaleRL, plain reward."""
+    reduction: Literal["token", "prompt", "sequence", "constant", "sum"] = "prompt"
+    """Mean over tokens, over prompts' token means (MiniMax-M1 eq. 4, ScaleRL), over sequences' token means (GRPO),
+    division by a constant (Dr. GRPO), or none (Tinker)."""
+    constant: Positive | None = None
+    """Per-sequence divisor of `reduction: constant`; None: rollout.max_tokens."""
+    updates_per_rollout: PositiveInt = 16
+    epochs_per_rollout: PositiveInt = 1
+    """Passes over a rollout; each makes updates_per_rollout updates."""
+    kl: KLConfig | None = None
+    nonfinite: Literal["raise", "drop"] = "raise"
+    """A NaN or infinity at a trained token: stop with its position, or drop the token and count it."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: Positive = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-15
+    """MiniMax-M1 §3: gradients span 1e-18 to 1e-5."""
+    weight_decay: NonNegative = 0.0
+    grad_clip_norm: NonNegative = 1.0
+    """0: no clipping."""
+    warmup_updates: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_learning_rate_share: Share = 0.0
+    """Where the cosine ends, as a share of learning_rate."""
+
+
+class AsyncConfig(Section):
+    max_staleness: NonNegativeInt = 0
+    """How many RL steps the policy that wrote a token may be behind the one that trains on it. 0: synchronous."""
+
+
+class EvalConfig(Section):
+    every: NonNegativeInt = 4
+    """RL steps between held-out evaluations; the first is before training, one more at the end. 0: never."""
+    samples_per_prompt: PositiveInt = 1
+    """k of mean@k and pass@k."""
+    temperature: NonNegative | None = None
+    """None: as in rollouts. 0: greedy."""
+    max_tokens: PositiveInt | None = None
+    """None: as in rollouts."""
+    max_prompts: PositiveInt | None = None
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 10
+    """RL steps between checkpoints; one more at the end. 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept."""
+
+
+class Config(Section):
+    """Everything a run is told. A run's `config.yaml` is this, resolved."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    run_dir: str | None = None
+    """The run's folder. None: runs/<task>-<date>-<time>."""
+    seed: int = 0
+    steps: PositiveInt = 12
+    """RL steps (rollouts)."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch. None: torch's own choice."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = ThinkTask()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    asynchrony: AsyncConfig = Field(default=AsyncConfig(), alias="async")
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers besides metrics.jsonl, where installed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.group_size == 1 and algorithm.advantage != "none":
+        yield (
+            f"rollout.group_size: 1 with algorithm.advantage: {algorithm.advantage} makes every advantage 0; "
+            "use a group_size of at least 2, or algorithm.advantage: none"
+        )
+    if rollout.groups_per_step % algorithm.updates_per_rollout:
+        divisors = [n for n in range(1, rollout.groups_per_step + 1) if rollout.groups_per_step % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - algorithm.updates_per_rollout))
+        yield (
+            f"algorithm.updates_per_rollout: {algorithm.updates_per_rollout} does not divide "
+            f"rollout.groups_per_step: {rollout.groups_per_step}; use updates_per_rollout: {nearest}"
+        )
+    if config.asynchrony.max_staleness and algorithm.anchor == "proximal":
+        yield (
+            f"async.max_staleness: {config.asynchrony.max_staleness} with algorithm.anchor: proximal leaves the "
+            "sampler's staleness uncorrected; use algorithm.anchor: sampler"
+        )
+    if algorithm.constant is not None and algorithm.reduction != "constant":
+        yield (
+            f"algorithm.constant: {algorithm.constant:g} has no meaning with algorithm.reduction: "
+            f"{algorithm.reduction}; remove it or use reduction: constant"
+        )
+    if config.model.path is None and config.task.type != "think":
+        yield "model.path: missing; name a model folder or hub id (only the `think` task brings its own model)"
+    if rollout.zero_variance == "resample" and rollout.group_size == 1:
+        yield "rollout.zero_variance: resample needs a group_size of at least 2; with 1 every group has zero variance"
+    if config.task.type != "think" and config.eval.every and not _has_eval_set(config.task):
+        yield (
+            f"eval.every: {config.eval.every} without held-out data; give the task an evaluation set "
+            "(eval_path, eval_split or eval_fraction), or set eval.every: 0"
+        )
+
+
+def _has_eval_set(task: JsonlTask | HubTask) -> bool:
+    own = task.eval_path if isinstance(task, JsonlTask) else task.eval_split
+    return own is not None or task.eval_fraction > 0
+
+
+def warnings(config: Config) -> list[str]:
+    """What is legal and probably not meant, one sentence each."""
+    found = []
+    algorithm, rollout = config.algorithm, config.rollout
+    updates = algorithm.updates_per_rollout * algorithm.epochs_per_rollout
+    clipped = isinstance(algorithm.objective, CispoObjective | PpoClipObjective)
+    off_policy = updates > 1 or config.asynchrony.max_staleness > 0
+    if algorithm.anchor == "proximal" and updates == 1:
+        found.append(
+            "algorithm.anchor: proximal with one update per rollout makes the ratio identically 1 and the clip inert "
+            "(SkyRL #1859); use anchor: sampler or more updates_per_rollout"
+        )
+    if clipped and algorithm.objective.clip_high_threshold < 1:
+        found.append(
+            f"algorithm.objective.clip_high_threshold: {algorithm.objective.clip_high_threshold:g} is below 1, so "
+            "every on-policy token is scaled down; thresholds are absolute bounds on the ratio (4.0 or 5.0 are usual)"
+        )
+    if isinstance(algorithm.objective, CispoObjective) and algorithm.objective.clip_low_threshold > 0 and off_policy:
+        found.append(
+            f"algorithm.objective.clip_low_threshold: {algorithm.objective.clip_low_threshold:g} keeps a full update "
+            "on tokens that the policy has left, and can run away off-policy (tinker-cookbook #763); use 0"
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0:
+        found.append(
+            "rollout.top_p, top_k or min_p truncate the sampled distribution, while sampler_logprobs and the ratio are "
+            "of the untruncated one; the importance weights are then biased"
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file (or the embedded default) with overrides `--a.b value` or `--a.b=value` on top.
+
+    Raises ConfigError with every mistake at once.
+    """
+    raw = read_yaml(path) if path is not None else {}
+    for keys, value in parse_overrides(overrides):
+        _put(raw, keys, value)
+    return validate(raw, source=str(path) if path else "the command line")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping. Raises ConfigError naming file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [str(p) for p in Path(path).parent.glob("*.yaml")], 1)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a mapping of sections such as `task:`")
+    return raw
+
+
+def validate(raw: Mapping[str, Any], *, source: str = "config") -> Config:
+    """`raw` as a Config. Raises ConfigError with every mistake at once."""
+    try:
+        return Config.model_validate(_with_default_tags(raw, Config))
+    except ValidationError as error:
+        details = error.errors()
+        inner = [detail["loc"] for detail in details]
+        lines = [
+            _explain(detail)
+            for detail in details  # a list is not also "too short" because one of its members is wrong
+            if not (
+                detail["type"] == "too_short"
+                and any(loc[: len(detail["loc"])] == detail["loc"] for loc in inner if loc != detail["loc"])
+            )
+        ]
+        raise ConfigError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _with_default_tags(raw: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`raw` with `type` filled in where a union section leaves it out and the field's default has one."""
+    filled = dict(raw)
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        section, default = filled.get(key), field.default
+        if not isinstance(section, Mapping):
+            continue
+        if isinstance(default, BaseModel) and "type" in type(default).model_fields and "type" not in section:
+            section = {"type": default.type, **section}
+        inner = _models_in(field.annotation)
+        filled[key] = _with_default_tags(section, inner[0]) if len(inner) == 1 else dict(section)
+    return filled
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """`--a.b value`, `--a.b=value` and bare `--a.b` (true) as (path, value) pairs; values are read as YAML.
+
+    Several words after one key make a list. Raises ConfigError for a word that belongs to no key.
+    """
+    found: list[tuple[list[str], Any]] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"unexpected argument {word!r}; overrides read --section.field value")
+        key, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        parsed = [_scalar(key, v) for v in values]
+        found.append(
+            (key.replace("-", "_").split("."), True if not parsed else parsed[0] if len(parsed) == 1 else parsed)
+        )
+    return found
+
+
+def _scalar(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key} {text}: not a valid value: {error}") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(raw: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set raw[k0][k1]...: a new `type` empties its section, since the other variant's fields do not carry over."""
+    here: Any = raw
+    for position, key in enumerate(keys[:-1]):
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise ConfigError(f"--{'.'.join(keys)}: {key!r} is not an index of a list of {len(here)}")
+            here = here[int(key)]
+        else:
+            if not isinstance(here.get(key), dict | list):
+                here[key] = {}
+            here = here[key]
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"--{'.'.join(keys)}: {'.'.join(keys[: position + 1])} is not a section")
+    if isinstance(here, list):
+        if not keys[-1].isdigit() or int(keys[-1]) >= len(here):
+            raise ConfigError(f"--{'.'.join(keys)}: {keys[-1]!r} is not an index of a list of {len(here)}")
+        here[int(keys[-1])] = value
+        return
+    if keys[-1] == "type" and here.get("type", value) != value:
+        here.clear()
+    here[keys[-1]] = value
+
+
+# ---------------------------------------------------------------------------------------------------- error messages
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One mistake: field, value, why, and what to use instead."""
+    path = [str(part) for part in detail["loc"]]
+    shown = ".".join(part for part in path if not _is_tag(part, path))
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        return f"{shown}: unknown key{_nearest(path)}"
+    if kind == "missing":
+        return f"{shown}: missing"
+    if kind == "union_tag_not_found":
+        tags = [str(m.model_fields["type"].default) for m in _walk(path) if "type" in m.model_fields]
+        return f"{shown}: has no `type`; choose one of {', '.join(tags)}"
+    if kind == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        expected = detail["ctx"]["expected_tags"].replace("'", "")
+        near = difflib.get_close_matches(str(tag), expected.split(", "), 1)
+        return f"{shown}.type: {tag!r} is unknown; choose from {expected}" + (f" (nearest: {near[0]})" if near else "")
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(value), detail["ctx"]["expected"].replace("'", "").split(" or "), 1)
+        return f"{shown}: {value!r} is not one of {detail['ctx']['expected']}" + (
+            f" (nearest: {near[0]})" if near else ""
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return "\n  ".join(f"{shown + ': ' if shown else ''}{line}" for line in message.splitlines())
+    return f"{shown}: {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models an annotation admits, through Annotated, Optional, unions and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, tuple):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _walk(path: Sequence[str]) -> list[type[BaseModel]]:
+    """The models that stand at `path` (several before a tag has chosen one)."""
+    models: list[type[BaseModel]] = [Config]
+    for part in path:
+        tagged = [m for m in models if "type" in m.model_fields and m.model_fields["type"].default == part]
+        if tagged:
+            models = tagged
+            continue
+        if part.isdigit():
+            continue
+        fields = [f for m in models for name, f in m.model_fields.items() if part in (name, f.alias)]
+        models = [model for f in fields for model in _models_in(f.annotation)]
+    return models
+
+
+def _is_tag(part: str, path: Sequence[str]) -> bool:
+    """Whether a part of pydantic's location is the name of a chosen union variant and not a key."""
+    before = _walk(path[: path.index(part)])
+    keys = {name for m in before for field_name, f in m.model_fields.items() for name in (field_name, f.alias)}
+    return part not in keys and any("type" in m.model_fields and m.model_fields["type"].default == part for m in before)
+
+
+def _nearest(path: Sequence[str]) -> str:
+    """The nearest real key, in the same section first, then anywhere."""
+    siblings = [f.alias or name for m in _walk(path[:-1]) for name, f in m.model_fields.items()]
+    near = difflib.get_close_matches(path[-1], siblings, 1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    everywhere = {full.partition(" ")[0].rsplit(".", 1)[-1]: full for full in _all_keys(Config)}
+    near = difflib.get_close_matches(path[-1], everywhere, 1, cutoff=0.8)
+    if near:
+        return f"; did you mean {everywhere[near[0]]}?"
+    return f"; the keys here are {', '.join(dict.fromkeys(siblings))}" if siblings else ""
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key; behind a key of a union's variant, the `type` that it needs."""
+    tag = model.model_fields["type"].default if "type" in model.model_fields else None
+    for name, f in model.model_fields.items():
+        full = prefix + (f.alias or name)
+        yield f"{full} (with type: {tag})" if tag else full
+        for inner in _models_in(f.annotation):
+            yield from _all_keys(inner, full + ".")
