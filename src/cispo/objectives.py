@@ -19,12 +19,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cispo.types import ConfigError
+from cispo.config import (
+    AlgorithmConfig,
+    CispoObjective,
+    ImportanceSamplingObjective,
+    PpoClipObjective,
+    ReinforceObjective,
+)
+from cispo.types import ConfigError, Objective
 
 KLForm = Literal["k1", "k2", "k3"]
 
@@ -183,3 +192,48 @@ def with_kl(
         return objective(logprobs, **columns) + coef * kl
 
     return penalised
+
+
+@dataclass(frozen=True)
+class BoundObjective:
+    """An objective with its options fixed, and the columns it reads."""
+
+    loss: Objective
+    columns: tuple[str, ...]
+
+    def __call__(self, logprobs_T: Tensor, **columns: Tensor) -> Tensor:
+        return self.loss(logprobs_T, **{name: columns[name] for name in self.columns})
+
+
+def bind(algorithm: AlgorithmConfig) -> BoundObjective:
+    """The objective that a config asks for, its KL penalty included."""
+    match algorithm.objective:
+        case CispoObjective(mask_low_threshold=None, mask_high_threshold=None) as chosen:
+            bounds = (chosen.clip_low_threshold, chosen.clip_high_threshold)
+            loss = partial(cispo, clip_low_threshold=bounds[0], clip_high_threshold=bounds[1])
+            columns: tuple[str, ...] = ("anchor_logprobs", "advantages")
+        case CispoObjective() as chosen:
+            loss = partial(
+                unified,
+                clip_low_threshold=chosen.clip_low_threshold,
+                clip_high_threshold=chosen.clip_high_threshold,
+                mask_low_threshold=0.0 if chosen.mask_low_threshold is None else chosen.mask_low_threshold,
+                mask_high_threshold=math.inf if chosen.mask_high_threshold is None else chosen.mask_high_threshold,
+            )
+            columns = ("anchor_logprobs", "advantages")
+        case PpoClipObjective() as chosen:
+            loss = partial(
+                ppo_clip,
+                clip_low_threshold=chosen.clip_low_threshold,
+                clip_high_threshold=chosen.clip_high_threshold,
+                dual_clip=chosen.dual_clip,
+            )
+            columns = ("anchor_logprobs", "advantages")
+        case ImportanceSamplingObjective():
+            loss, columns = importance_sampling, ("anchor_logprobs", "advantages")
+        case ReinforceObjective():
+            loss, columns = reinforce, ("advantages",)
+    if algorithm.kl is not None:
+        loss = with_kl(loss, coef=algorithm.kl.coef, form=algorithm.kl.form)
+        columns = (*columns, "reference_logprobs")
+    return BoundObjective(loss, columns)
