@@ -68,7 +68,8 @@ def take_rows(batch: Batch, indices: Sequence[int]) -> Batch:
 def with_reduction(batch: Batch, kind: str, groups: Sequence[int], *, constant: float | None = None) -> Batch:
     """The batch of one whole optimizer window, its mask turned into the weights of a reduction.
 
-    groups: each row's prompt, by number. With N the rows that have trained tokens, n_i their counts, and P the prompts among them:
+    groups: each row's prompt, by number. With N the rows that have trained tokens, n_i their counts, and P the prompts
+    among them:
 
     - token: 1 / Σ n. DAPO, Tinker-like means.
     - prompt: 1 / (P · Σ n over the prompt's rows). MiniMax-M1 (arXiv:2506.13585) eq. 4 for each prompt; ScaleRL

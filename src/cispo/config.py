@@ -178,7 +178,6 @@ class ThinkTask(Section):
 
     type: Literal["think"] = "think"
     train_prompts: PositiveInt = 8192
-    eval_prompts: PositiveInt = 512
 
 
 class _Dataset(Section):

@@ -1,9 +1,9 @@
 """Loading a causal language model, and the two halves that training needs: hidden states, and the head.
 
 The only door to transformers' model classes and to peft. Any `AutoModelForCausalLM` folder or hub id works: the
-backbone gives hidden states, the output embeddings are the head (tied or not, with or without bias), and whatever a family does
-between head and logits (Gemma's soft cap, Granite's scale) is known here or refused here, never silently left out. Left
-out on purpose: sampling (`sampling/`) and optimizers (`learner.py`).
+backbone gives hidden states, the output embeddings are the head (tied or not, with or without bias), and whatever a
+family does between head and logits (Gemma's soft cap, Granite's scale) is known here or refused here, never silently
+left out. Left out on purpose: sampling (`sampling/`) and optimizers (`learner.py`).
 """
 
 from __future__ import annotations

@@ -253,4 +253,14 @@ class Task(Protocol):
         """All prompts of a split, in a fixed order. The trainer shuffles and keeps the cursor."""
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[Mapping[str, float | None]]:
-        """One mapping from reward function to reward for each completion of one prompt."""
+        """One mapping from reward function to reward for each completion of one prompt.
+
+        The first function decides what counts as correct (at least 0.5). Raises RunError when too many calls fail.
+        """
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each reward function in the total."""
+
+    def metrics(self, prompt: Prompt, completions: Sequence[str]) -> Mapping[str, float]:
+        """The task's own numbers about one prompt's completions; averaged over prompts under `task/`."""

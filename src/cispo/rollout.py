@@ -1,0 +1,319 @@
+"""From prompts to scored groups: the prompt cursor, sampling, rewards, and held-out evaluation.
+
+`Rollouts.advance` is one turn of the one loop's first half. Synchronous training calls it until a step's groups are
+ready; asynchronous training lets it run on. Everything random is a function of (run seed, admission number), so a group
+that is lost can be sampled again. Left out on purpose: what is done with the groups (`trainer.py`).
+
+Consumes: prompts of the task, slots of the buffer. Waits for: the sampler, reward functions. Unblocked by: a new
+policy version (slots), finished completions and rewards. Produces: groups in the buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import statistics
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cispo.buffer import Buffer
+from cispo.config import RolloutConfig
+from cispo.types import (
+    Completion,
+    DataError,
+    Group,
+    Prompt,
+    RunError,
+    SampleRequest,
+    SampleResult,
+    Sampler,
+    SamplingParams,
+    Task,
+    Trajectory,
+)
+
+CORRECT = 0.5
+"""A completion whose first reward function gives at least this much counts as correct."""
+
+
+def is_correct(rewards: Mapping[str, float | None]) -> bool:
+    first = next(iter(rewards.values()), None)
+    return first is not None and first >= CORRECT
+
+
+def sampling_params(config: RolloutConfig) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        stop=config.stop,
+        stop_token_ids=config.stop_token_ids,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ cursor
+
+
+@dataclass
+class PromptCursor:
+    """Goes through the training prompts in a shuffled order, another one each epoch, skipping retired prompts.
+
+    A prompt is retired from later epochs when its last pass rate reached `pass_rate_ceiling` (ScaleRL §3).
+    """
+
+    prompts: Sequence[Prompt]
+    seed: int
+    pass_rate_ceiling: float | None = None
+    epoch: int = 0
+    position: int = 0
+    pass_rates: dict[str, float] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DataError("the task has no training prompts")
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        generator = torch.Generator().manual_seed(request_seed(self.seed, self.epoch) >> 1)
+        self._order = torch.randperm(len(self.prompts), generator=generator).tolist()
+
+    @property
+    def retired(self) -> int:
+        ceiling = self.pass_rate_ceiling
+        return 0 if ceiling is None else sum(rate >= ceiling for rate in self.pass_rates.values())
+
+    def next(self) -> Prompt:
+        """Raises RunError where every prompt has been retired."""
+        for _ in range(2 * len(self.prompts) + 1):
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._shuffle()
+            prompt = self.prompts[self._order[self.position]]
+            self.position += 1
+            ceiling = self.pass_rate_ceiling
+            if self.epoch == 0 or ceiling is None or self.pass_rates.get(prompt.prompt_id, 0.0) < ceiling:
+                return prompt
+        raise RunError(
+            f"every training prompt has a pass rate of at least {self.pass_rate_ceiling} and was retired; "
+            "the task is solved, or rollout.pass_rate_ceiling is too low"
+        )
+
+    def restore(self, *, epoch: int, position: int, pass_rates: Mapping[str, float]) -> None:
+        self.epoch, self.position, self.pass_rates = epoch, position, dict(pass_rates)
+        self._shuffle()
+
+
+def request_seed(run_seed: int, number: int) -> int:
+    """63 bits that look random, the same on every machine."""
+    digest = hashlib.blake2b(f"{run_seed}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+class ScoringLoop:
+    """An event loop in a thread of its own, so that slow reward functions do not stop decoding.
+
+    Consumes: coroutines (`submit`). Waits for: reward functions, each with its own timeout. Unblocked by: their end.
+    Produces: futures.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass
+class StepCounts:
+    """What happened to groups since the last step was taken."""
+
+    dropped_groups: int = 0
+    resampled: int = 0
+
+
+class Rollouts:
+    """Samples and scores the groups that the buffer admits."""
+
+    def __init__(
+        self,
+        *,
+        config: RolloutConfig,
+        task: Task,
+        sampler: Sampler,
+        tokenizer: Any,
+        buffer: Buffer,
+        cursor: PromptCursor,
+        seed: int,
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._sampler = sampler
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self.buffer = buffer
+        self.cursor = cursor
+        self.counts = StepCounts()
+        self.open: dict[int, tuple[Prompt, int]] = {}
+        self._params = sampling_params(config)
+        self._scoring: dict[int, Future[Group]] = {}
+        self._scorer = ScoringLoop()
+
+    def advance(self, version: int) -> None:
+        """One turn: admit what may be admitted, let the sampler work, score what finished, keep what was scored.
+
+        Scores are collected once the sampler is idle, in order of admission, so that which groups are sampled again
+        does not depend on timing.
+        """
+        while self.buffer.admissible(version) > 0:
+            prompt = self.cursor.next()
+            self.admit(self.buffer.admit(version), prompt, version)
+        for result in self._sampler.poll():
+            self._score(result)
+        if not self._sampler.pending:
+            for number in sorted(self._scoring):
+                self._keep(self._scoring.pop(number).result())
+
+    def admit(self, number: int, prompt: Prompt, version: int) -> None:
+        """Start sampling an admitted group."""
+        self.open[number] = (prompt, version)
+        params = replace(self._params, seed=request_seed(self._seed, number))
+        self._sampler.submit(SampleRequest(number, prompt.tokens, self._config.group_size, params))
+
+    def _score(self, result: SampleResult) -> None:
+        prompt, version = self.open[result.request_id]
+        self._scoring[result.request_id] = self._scorer.submit(self._group(result, prompt, version))
+
+    async def _group(self, result: SampleResult, prompt: Prompt, version: int) -> Group:
+        texts = self.texts(result.completions)
+        scores = await self._task.score(prompt, texts)
+        return Group(
+            prompt=prompt,
+            trajectories=tuple(
+                self._trajectory(prompt, completion, text, rewards)
+                for completion, text, rewards in zip(result.completions, texts, scores, strict=True)
+            ),
+            admission=result.request_id,
+            version=version,
+        )
+
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """What a person and a reward function read: special tokens such as EOS are left out."""
+        return self._tokenizer.batch_decode([list(c.tokens) for c in completions], skip_special_tokens=True)
+
+    def _trajectory(
+        self, prompt: Prompt, completion: Completion, text: str, rewards: Mapping[str, float | None]
+    ) -> Trajectory:
+        given = [self._task.weights.get(name, 1.0) * value for name, value in rewards.items() if value is not None]
+        reward = sum(given) if given else None
+        truncated = completion.stop_reason == "length"
+        if truncated and self._config.truncated == "penalize":
+            reward = self._config.truncated_reward
+        before, after = len(prompt.tokens), len(completion.tokens)
+        return Trajectory(
+            tokens=torch.tensor((*prompt.tokens, *completion.tokens)),
+            action_mask=torch.arange(before + after) >= before,
+            sampler_logprobs=torch.tensor((*([0.0] * before), *completion.logprobs)),
+            versions=torch.tensor((*([-1] * before), *completion.versions)),
+            text=text,
+            reward=reward,
+            rewards=dict(rewards),
+            truncated=truncated,
+        )
+
+    def _keep(self, group: Group) -> None:
+        del self.open[group.admission]
+        self.cursor.pass_rates[group.prompt.prompt_id] = statistics.fmean(
+            is_correct(t.rewards) for t in group.trajectories
+        )
+        room = self.counts.resampled < (self._config.max_resample_rounds - 1) * self._config.groups_per_step
+        if self._config.zero_variance == "resample" and zero_variance(group) and room:
+            self.buffer.drop(group.admission)
+            self.counts.resampled += 1
+            self.counts.dropped_groups += 1
+        else:
+            self.buffer.put(group)
+
+    def take(self) -> tuple[list[Group], StepCounts]:
+        """A step's groups, and what happened while they were collected."""
+        groups, counts = self.buffer.take(), self.counts
+        self.counts = StepCounts()
+        return groups, counts
+
+    def evaluate(self, prompts: Sequence[Prompt], params: SamplingParams, samples: int, seed: int) -> Evaluation:
+        """`samples` completions of each prompt by the current policy, scored. Training requests in flight go on."""
+        first = -len(prompts)  # negative ids are evaluation's, so that they cannot meet admission numbers
+        for i, prompt in enumerate(prompts):
+            request = SampleRequest(first + i, prompt.tokens, samples, replace(params, seed=request_seed(seed, i)))
+            self._sampler.submit(request)
+        results: dict[int, SampleResult] = {}
+        while len(results) < len(prompts):
+            for result in self._sampler.poll():
+                if result.request_id < 0:
+                    results[result.request_id - first] = result
+                else:
+                    self._score(result)
+        futures = [self._scorer.submit(self._group(results[i], prompt, -1)) for i, prompt in enumerate(prompts)]
+        return Evaluation(self._task, [future.result() for future in futures])
+
+    def close(self) -> None:
+        self._scorer.close()
+
+
+def zero_variance(group: Group) -> bool:
+    """Whether the group's rewards (those that exist) are all equal."""
+    return len({t.reward for t in group.trajectories if t.reward is not None}) <= 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scored completions of held-out prompts."""
+
+    task: Task
+    groups: Sequence[Group]
+
+    def metrics(self) -> dict[str, float]:
+        """mean@k as `eval/accuracy`, pass@k, reward, length, truncation, and the task's own metrics."""
+        trajectories = [t for group in self.groups for t in group.trajectories]
+        correct = [[is_correct(t.rewards) for t in group.trajectories] for group in self.groups]
+        samples = len(correct[0])
+        rewards = [t.reward for t in trajectories if t.reward is not None]
+        metrics = {
+            "eval/accuracy": statistics.fmean(c for group in correct for c in group),
+            "eval/length_mean": statistics.fmean(int(t.action_mask.sum()) for t in trajectories),
+            "eval/truncated": statistics.fmean(t.truncated for t in trajectories),
+        }
+        if rewards:
+            metrics["eval/reward"] = statistics.fmean(rewards)
+        if samples > 1:
+            metrics[f"eval/pass@{samples}"] = statistics.fmean(any(group) for group in correct)
+        return metrics | {f"eval/{name}": value for name, value in task_metrics(self.task, self.groups).items()}
+
+
+def task_metrics(task: Task, groups: Sequence[Group]) -> dict[str, float]:
+    """`task/NAME`, averaged over the groups that report it."""
+    seen: dict[str, list[float]] = {}
+    for group in groups:
+        for name, value in task.metrics(group.prompt, [t.text for t in group.trajectories]).items():
+            seen.setdefault(f"task/{name}", []).append(value)
+    return {name: statistics.fmean(values) for name, values in seen.items()}
