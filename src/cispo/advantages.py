@@ -112,6 +112,6 @@ def compute(kind: AdvantageKind, rewards: Rewards) -> list[list[float]]:
         for i, reward in enumerate(rewards_G):
             if reward is not None and not math.isfinite(reward):
                 raise DataError(
-                    f"reward {reward} of completion {i} in group {g} is not finite: return None instead where there is none"
+                    f"reward {reward} of completion {i} in group {g} is not finite: use None where there is none"
                 )
     return kinds[kind](rewards)
