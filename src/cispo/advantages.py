@@ -14,12 +14,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from cispo.types import ConfigError, DataError
 
-AdvantageKind = Literal["group", "group_mean", "leave_one_out", "batch_std", "none"]
+AdvantageKind = Literal[
+    "group",
+    "group_mean",
+    "leave_one_out",
+    "leave_one_out_std",
+    "batch_std",
+    "batch_reward_std",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "none",
+]
 Rewards = Sequence[Sequence[float | None]]
 
 STD_EPS = 1e-6
@@ -89,21 +102,82 @@ def batch_std(rewards: Rewards, *, std_eps: float = STD_EPS) -> list[list[float]
     return [[a / scale for a in row] for row in centred]
 
 
+def leave_one_out_std(rewards: Rewards, *, std_eps: float = STD_EPS) -> list[list[float]]:
+    """NeMo RL: (r − mean) / (std + eps), mean and std of the group's *other* rewards; undivided where that std is 0."""
+
+    def advantages_of(valid: list[float]) -> list[float]:
+        out = []
+        for i, r in enumerate(valid):
+            others = valid[:i] + valid[i + 1 :]
+            scale = _std(others) if min(others) != max(others) else 0.0
+            out.append((r - fmean(others)) / (scale + std_eps if scale > 0 else 1.0))
+        return out
+
+    return _per_group(rewards, advantages_of)
+
+
+def batch_reward_std(rewards: Rewards, *, std_eps: float = STD_EPS) -> list[list[float]]:
+    """TRL and ms-swift `scale_rewards: batch`: (r − mean of the group) / (std + eps), std of all raw rewards."""
+    scale = _std([r for g in rewards for r in _valid(g)]) + std_eps
+    return [[a / scale for a in row] for row in group_mean(rewards)]
+
+
+def reinforce_plus_plus(
+    rewards: Rewards, *, lengths: Sequence[Sequence[int]] | None = None, baseline: bool = False
+) -> list[list[float]]:
+    """REINFORCE++ (arXiv:2501.03262): rewards normalised over the whole batch's tokens; variance biased, at least 1e-8.
+
+    A completion counts as often as it has trained tokens (`lengths`, in the shape of `rewards`; None: once each).
+    `baseline` subtracts the group mean first (REINFORCE++-baseline).
+    """
+    centred = group_mean(rewards) if baseline else none(rewards)
+    counted = [
+        (a, 1 if lengths is None else lengths[g][i])
+        for g, row in enumerate(centred)
+        for i, a in enumerate(row)
+        if rewards[g][i] is not None
+    ]
+    total = sum(n for _, n in counted)
+    if not total:
+        return centred
+    mean = math.fsum(a * n for a, n in counted) / total
+    scale = math.sqrt(max(math.fsum(n * (a - mean) ** 2 for a, n in counted) / total, 1e-8))
+    return [[0.0 if r is None else (a - mean) / scale for a, r in zip(row, g)] for row, g in zip(centred, rewards)]
+
+
+def distilled(advantages_T: Tensor, student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, *, coef: float) -> Tensor:
+    """On-policy distillation on top of any estimator (miles' OPD): A − coef · (log π_student − log π_teacher)."""
+    return advantages_T - coef * (student_logprobs_T - teacher_logprobs_T).detach()
+
+
 def none(rewards: Rewards) -> list[list[float]]:
     """A = r: no baseline."""
     return [[0.0 if reward is None else float(reward) for reward in g] for g in rewards]
 
 
-def compute(kind: AdvantageKind, rewards: Rewards) -> list[list[float]]:
+def compute(
+    kind: AdvantageKind,
+    rewards: Rewards,
+    *,
+    std_eps: float = STD_EPS,
+    lengths: Sequence[Sequence[int]] | None = None,
+) -> list[list[float]]:
     """Advantages of `kind` for the rewards of each group, in the same shape.
+
+    std_eps is added to the standard deviation of the kinds that divide by one. lengths: trained tokens of each
+    completion, which REINFORCE++ weights by.
 
     Raises ConfigError for an unknown kind and DataError for a NaN or infinite reward, naming group and completion.
     """
     kinds = {
-        "group": group,
+        "group": partial(group, std_eps=std_eps),
         "group_mean": group_mean,
         "leave_one_out": leave_one_out,
-        "batch_std": batch_std,
+        "leave_one_out_std": partial(leave_one_out_std, std_eps=std_eps),
+        "batch_std": partial(batch_std, std_eps=std_eps),
+        "batch_reward_std": partial(batch_reward_std, std_eps=std_eps),
+        "reinforce_plus_plus": partial(reinforce_plus_plus, lengths=lengths),
+        "reinforce_plus_plus_baseline": partial(reinforce_plus_plus, lengths=lengths, baseline=True),
         "none": none,
     }
     if kind not in kinds:

@@ -59,6 +59,28 @@ class CispoObjective(_Clipped):
     """Token mask M of MiniMax-M1 eq. 6-7: silence A < 0 below this ratio. None: never."""
     mask_high_threshold: Threshold | None = None
     """Token mask M of MiniMax-M1 eq. 6-7: silence A > 0 above this ratio. None: never."""
+    negative_clip_low_threshold: Threshold | None = None
+    """Bounds of their own for tokens with A < 0 (DISPO, arXiv:2602.00983). None: the same bounds for both signs."""
+    negative_clip_high_threshold: Threshold | None = None
+
+    @model_validator(mode="after")
+    def _negative_ordered(self) -> CispoObjective:
+        low, high = self.negative_bounds
+        if low > high:
+            raise ValueError(
+                f"negative_clip_low_threshold {low:g} is above negative_clip_high_threshold {high:g} (where one is not "
+                "set, the bound of both signs holds); both are absolute bounds on the importance ratio, low ≤ high"
+            )
+        return self
+
+    @property
+    def negative_bounds(self) -> tuple[float, float]:
+        """The bounds of the ratio at tokens with A < 0."""
+        low, high = self.negative_clip_low_threshold, self.negative_clip_high_threshold
+        return (
+            self.clip_low_threshold if low is None else low,
+            self.clip_high_threshold if high is None else high,
+        )
 
 
 class PpoClipObjective(_Clipped):
@@ -83,8 +105,128 @@ class ReinforceObjective(Section):
     type: Literal["reinforce"] = "reinforce"
 
 
+class GspoObjective(_Clipped):
+    """GSPO (arXiv:2507.18071): PPO's clip on the sequence's ratio exp(mean log r)."""
+
+    type: Literal["gspo"] = "gspo"
+    clip_low_threshold: Threshold = 1 - 3e-4
+    clip_high_threshold: Threshold = 1 + 4e-4
+
+
+class DroObjective(Section):
+    """−(A·log π − β/2·(log π − log μ)²), Tinker's `dro`."""
+
+    type: Literal["dro"] = "dro"
+    beta: Positive = 0.05
+
+
+class SapoObjective(Section):
+    """SAPO (arXiv:2511.20347): a sigmoid gate on the ratio instead of a clip, with a temperature for each sign of A."""
+
+    type: Literal["sapo"] = "sapo"
+    positive_temperature: Positive = 1.0
+    negative_temperature: Positive = 1.05
+
+
+class FunctionObjective(Section):
+    """Your own: `package.module:function`, called as f(logprobs_T, *, advantages, anchor_logprobs, ..., **options)."""
+
+    type: Literal["function"] = "function"
+    path: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    options: dict[str, Any] = {}
+    columns: tuple[str, ...] = ("anchor_logprobs", "advantages")
+    """What the function reads of: anchor_logprobs, advantages, sampler_logprobs, proximal_logprobs,
+    reference_logprobs, rows (the row of each token)."""
+    sequence_level: bool = False
+    """A token's loss depends on its whole sequence: evaluated on whole rows, in two passes."""
+
+
 ObjectiveConfig = Annotated[
-    CispoObjective | PpoClipObjective | ImportanceSamplingObjective | ReinforceObjective, Field(discriminator="type")
+    CispoObjective
+    | PpoClipObjective
+    | ImportanceSamplingObjective
+    | ReinforceObjective
+    | GspoObjective
+    | DroObjective
+    | SapoObjective
+    | FunctionObjective,
+    Field(discriminator="type"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------- corrections
+
+
+class _Bounded(Section):
+    low: Threshold
+    high: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Bounded:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}; both are bounds on a ratio, low ≤ high")
+        return self
+
+
+class ImportanceCorrection(Section):
+    """w = exp(proximal − sampler log-prob), unbounded."""
+
+    type: Literal["importance"] = "importance"
+
+
+class TisCorrection(_Bounded):
+    """Truncated importance sampling: clamp(w, low, high)."""
+
+    type: Literal["tis"] = "tis"
+    low: Threshold = 0.0
+    high: Annotated[float, Field(gt=0)] = 2.0
+
+
+class IcePopCorrection(_Bounded):
+    """w inside [low, high], 0 outside."""
+
+    type: Literal["icepop"] = "icepop"
+    low: Threshold = 0.5
+    high: Annotated[float, Field(gt=0)] = 5.0
+
+
+class SeqMaskTisCorrection(_Bounded):
+    """w, and 0 for a sequence whose exp(mean log w) is outside [low, high] (NeMo RL's seq-mask-tis)."""
+
+    type: Literal["seq_mask_tis"] = "seq_mask_tis"
+    low: Threshold = 0.999
+    high: Annotated[float, Field(gt=0)] = 1.002
+
+
+class SequenceTruncateCorrection(_Bounded):
+    """One weight for a sequence: its ratio, clamped to [low, high]."""
+
+    type: Literal["sequence_truncate"] = "sequence_truncate"
+    low: Threshold = 0.0
+    high: Annotated[float, Field(gt=0)] = 2.0
+    ratio: Literal["product", "geometric"] = "product"
+    """exp(Σ log w) as TRL has it, or exp(mean log w) as ms-swift has it."""
+
+
+class SequenceMaskCorrection(_Bounded):
+    """0 for a sequence whose ratio is outside [low, high]; inside, `weight`."""
+
+    type: Literal["sequence_mask"] = "sequence_mask"
+    low: Threshold = 0.0
+    high: Annotated[float, Field(gt=0)] = 3.0
+    ratio: Literal["product", "geometric"] = "product"
+    weight: Literal["sequence", "token", "one"] = "sequence"
+    """The sequence's ratio (TRL), each token's w (ms-swift), or 1 (SkyRL)."""
+
+
+CorrectionConfig = Annotated[
+    ImportanceCorrection
+    | TisCorrection
+    | IcePopCorrection
+    | SeqMaskTisCorrection
+    | SequenceTruncateCorrection
+    | SequenceMaskCorrection,
+    Field(discriminator="type"),
 ]
 
 
@@ -247,6 +389,8 @@ class RolloutConfig(Section):
     """`resample` gives up after this many times groups_per_step prompts and trains on the valid groups it has."""
     pass_rate_ceiling: Share | None = None
     """Prompts with at least this share of correct completions leave later epochs (ScaleRL: 0.9)."""
+    write_groups: NonNegativeInt | None = None
+    """How many of a step's groups are written to rollouts/. None: all."""
 
 
 class KLConfig(Section):
@@ -254,14 +398,42 @@ class KLConfig(Section):
 
     coef: Positive
     form: Literal["k1", "k2", "k3"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    """`reward`: subtracted from each token's advantage (estimated at the proximal policy), without a gradient."""
+    input_clamp: Positive | None = None
+    """Bounds |log π_ref − log π|; NeMo RL: 20."""
+    output_clamp: Positive | None = None
+    """Bounds the estimate; NeMo RL: 10."""
+    score_gradient: bool = False
+    """Add the score-function gradient KL·∇log π, as NeMo RL does (arXiv:2506.09477)."""
 
 
 class AlgorithmConfig(Section):
     objective: ObjectiveConfig = CispoObjective()
     anchor: Literal["sampler", "proximal"] = "sampler"
     """The denominator of the ratio: log-probs of the sampler, or recomputed before the first update on a batch."""
-    advantage: Literal["group", "group_mean", "leave_one_out", "batch_std", "none"] = "group"
-    """GRPO, Dr. GRPO, RLOO, ScaleRL, plain reward."""
+    correction: CorrectionConfig | None = None
+    """For sampler/trainer mismatch: weights from proximal and sampler log-probs, multiplied onto the loss."""
+    opsm_delta: NonNegative | None = None
+    """Off-policy sequence masking: drop tokens with A < 0 of sequences with mean(log anchor − log π) above this."""
+    trust_mask_delta: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Drop tokens with A < 0 whose probability has fallen by this much since sampling (DPPO, arXiv:2602.04879: 0.5)."""
+    entropy_bonus: NonNegative = 0.0
+    """Weight of the mean token entropy that is subtracted from the loss."""
+    advantage: Literal[
+        "group",
+        "group_mean",
+        "leave_one_out",
+        "leave_one_out_std",
+        "batch_std",
+        "batch_reward_std",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "none",
+    ] = "group"
+    """GRPO, Dr. GRPO, RLOO, NeMo RL, ScaleRL, TRL's `batch`, REINFORCE++ (and with baseline), plain reward."""
+    advantage_eps: NonNegative = 1e-6
+    """Added to the standard deviation: miles and NeMo RL 1e-6, TRL and ms-swift 1e-4."""
     reduction: Literal["token", "prompt", "sequence", "constant", "sum"] = "prompt"
     """Mean over tokens, over prompts' token means (MiniMax-M1 eq. 4, ScaleRL), over sequences' token means (GRPO),
     division by a constant (Dr. GRPO), or none (Tinker)."""
@@ -362,10 +534,48 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"algorithm.updates_per_rollout: {algorithm.updates_per_rollout} does not divide "
             f"rollout.groups_per_step: {rollout.groups_per_step}; use updates_per_rollout: {nearest}"
         )
-    if config.asynchrony.max_staleness and algorithm.anchor == "proximal":
+    if config.asynchrony.max_staleness and algorithm.anchor == "proximal" and algorithm.correction is None:
         yield (
             f"async.max_staleness: {config.asynchrony.max_staleness} with algorithm.anchor: proximal leaves the "
-            "sampler's staleness uncorrected; use algorithm.anchor: sampler"
+            "sampler's staleness uncorrected; use algorithm.anchor: sampler, or set an algorithm.correction"
+        )
+    sequence_level = isinstance(algorithm.objective, GspoObjective) or (
+        isinstance(algorithm.objective, FunctionObjective) and algorithm.objective.sequence_level
+    )
+    if isinstance(algorithm.objective, GspoObjective) and algorithm.reduction != "sequence":
+        yield (
+            f"algorithm.reduction: {algorithm.reduction} with algorithm.objective.type: gspo, whose ratio and clip are "
+            "of whole sequences; use reduction: sequence"
+        )
+    if isinstance(algorithm.objective, SapoObjective | GspoObjective) and isinstance(
+        algorithm.correction, SequenceTruncateCorrection
+    ):
+        yield (
+            f"algorithm.correction.type: sequence_truncate does not go with algorithm.objective.type: "
+            f"{algorithm.objective.type}, which weighs {'sequences' if sequence_level else 'tokens'} itself; use tis"
+        )
+    anchored = not isinstance(algorithm.objective, ReinforceObjective)
+    if algorithm.correction is not None and algorithm.anchor == "sampler" and anchored:
+        yield (
+            f"algorithm.correction.type: {algorithm.correction.type} with algorithm.anchor: sampler corrects the "
+            "sampler/trainer mismatch twice; use anchor: proximal, or remove the correction"
+        )
+    cispo = algorithm.objective if isinstance(algorithm.objective, CispoObjective) else None
+    masked = cispo is not None and (cispo.mask_low_threshold, cispo.mask_high_threshold) != (None, None)
+    if masked and cispo.negative_bounds != (cispo.clip_low_threshold, cispo.clip_high_threshold):
+        yield (
+            "algorithm.objective: mask_*_threshold together with negative_clip_*_threshold mixes MiniMax-M1's token "
+            "mask with DISPO's bounds by sign; keep one of the two"
+        )
+    if algorithm.opsm_delta is not None and not anchored:
+        yield (
+            f"algorithm.opsm_delta: {algorithm.opsm_delta:g} with algorithm.objective.type: reinforce, which has no "
+            "anchor to have drifted from; use objective.type: cispo or importance_sampling, or remove opsm_delta"
+        )
+    if algorithm.opsm_delta is not None and sequence_level and isinstance(algorithm.objective, FunctionObjective):
+        yield (
+            f"algorithm.opsm_delta: {algorithm.opsm_delta:g} does not go with a sequence-level function; mask in the "
+            "function itself (its column `rows` says which row a token is of)"
         )
     if algorithm.constant is not None and algorithm.reduction != "constant":
         yield (
