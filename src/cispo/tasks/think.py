@@ -2,9 +2,9 @@
 
 A prompt is a prefix and six digits, `?402913`; the answer is their sum mod 10. A completion may answer at once, `=9`,
 or first open with the fork token `~` and write the running sums, `~446579=9` for that prompt. Adding one digit at a
-time is easy for a 0.3-million-parameter model and adding six in its head is not, so thinking is right almost always and
-answering directly about 1 time in 10. The base model thinks under the prefix `!`. Under `?`, the one that is trained, it
-opens with `~` only about 2 times in 100. The reward is 1 for the right final answer and nothing else.
+time is easy for a 0.3-million-parameter model and adding six in its head is not, so thinking is right almost always
+and answering directly about 1 time in 10. The base model thinks under the prefix `!`. Under `?`, the one that is
+trained, it opens with `~` only about 2 times in 100. The reward is 1 for the right final answer and nothing else.
 
 The base is made here from nothing, by 300 supervised steps, and saved as an ordinary `transformers` folder; nothing
 downstream knows that it is special. Left out on purpose: reinforcement learning (`cispo train`, which runs this task
@@ -149,11 +149,11 @@ class BaseRecipe:
     layers: int = 3
     heads: int = 4
     intermediate_size: int = 224
-    initializer_range: float = 0.05
+    initializer_range: float = 0.08
     tied: bool = False
     steps: int = 300
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 20
     weight_decay: float = 0.01
     fork_every: int = 50
@@ -162,7 +162,7 @@ class BaseRecipe:
 
     @property
     def key(self) -> str:
-        """16 hex digits; other weights, other vocabulary or another major version of torch or transformers, other key."""
+        """16 hex digits, of the recipe, the task's constants and the major versions of torch and transformers."""
         words = [asdict(self), VOCABULARY, DIGITS, HELD_OUT_SEED]
         words += [library.__version__.split(".")[0] for library in (torch, transformers)]
         return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
