@@ -294,7 +294,7 @@ def _sequence_log_ratio(
     log_w_T: Tensor, valid_T: Tensor, lengths: Sequence[int], ratio: SequenceRatio
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row of each position, log ratio of each row, rows with a trained token)."""
-    lengths_B = torch.as_tensor(lengths, device=log_w_T.device)
+    lengths_B = torch.tensor(lengths, dtype=torch.long, device=log_w_T.device)
     if int(lengths_B.sum()) != len(log_w_T):
         raise ValueError(f"lengths sum to {int(lengths_B.sum())}, but there are {len(log_w_T)} positions")
     rows_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=log_w_T.device), lengths_B)
