@@ -700,6 +700,17 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
+def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaf values."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
     """`--a.b value`, `--a.b=value` and bare `--a.b` (true) as (path, value) pairs; values are read as YAML.
 

@@ -86,12 +86,13 @@ def check_folder(path: str | Path) -> None:
         if folder.is_absolute() or str(path).startswith("."):
             raise DataError(f"model.path: {path} does not exist")
         return
-    if not (folder / "config.json").is_file():
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    if not configs:
         raise DataError(f"model.path: {path} has no config.json, so it is not a transformers model folder")
     try:
-        json.loads((folder / "config.json").read_text())
+        json.loads(configs[0].read_text())
     except ValueError as error:
-        raise DataError(f"model.path: {folder / 'config.json'} is not JSON: {error}") from None
+        raise DataError(f"model.path: {configs[0]} is not JSON: {error}") from None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise DataError(
             f"model.path: {path} has no tokenizer (tokenizer.json); save one there with tokenizer.save_pretrained"

@@ -29,9 +29,9 @@ from cispo.types import (
     Group,
     Prompt,
     RunError,
+    Sampler,
     SampleRequest,
     SampleResult,
-    Sampler,
     SamplingParams,
     Task,
     Trajectory,
@@ -136,6 +136,15 @@ class ScoringLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
+        """Cancel what is still being scored (a run that ends early) and end the thread."""
+
+        async def cancel() -> None:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.submit(cancel()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -106,6 +106,10 @@ class ThinkTask:
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         return self._prompts[split]
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"correct": 1.0}
+
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[Mapping[str, float | None]]:
         """{"correct": 1 or 0} for each completion."""
         right = prompt.columns["answer"]

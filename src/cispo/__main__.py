@@ -1,0 +1,7 @@
+"""`python -m cispo` is `cispo`."""
+
+import sys
+
+from cispo.cli import main
+
+sys.exit(main())

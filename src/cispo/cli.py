@@ -1,0 +1,527 @@
+"""The command line, and the composition root: the only place that constructs other parts' collaborators.
+
+    cispo train [RECIPE.yaml] [--section.field value ...]      cispo eval RUN_OR_RECIPE      cispo sample MODEL_OR_RUN
+
+A mistake of the user's ends in one readable message and a non-zero status; `--debug` shows the traceback. Left out on
+purpose: anything that computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from cispo import config as configs
+from cispo.config import Config
+from cispo.types import CispoError, ConfigError, DataError, RunError
+
+if TYPE_CHECKING:
+    from cispo.model import LoadedModel
+    from cispo.trainer import Observer, Trainer
+    from cispo.types import Task
+
+INTERRUPTED = 130
+"""Exit status of a run that Ctrl-C ended, as a shell gives it."""
+
+FREE_ON_RESUME = ("run_dir", "steps", "threads", "checkpoint", "track", "learner")
+"""What may differ between a checkpoint's config and the one that resumes it, because no result so far depends on it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `cispo` command. Returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    console, errors = Console(), Console(stderr=True)
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not words or words[0] in ("-h", "--help"):
+        console.print(usage(), highlight=False)
+        return 0 if words else 2
+    if words[0] == "--version":
+        from cispo import __version__
+
+        console.print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        errors.print(f"cispo: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
+        return 2
+    try:
+        return COMMANDS[words[0]].run(words[1:], console)
+    except CispoError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]cispo {words[0]}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 1 if isinstance(error, RunError | ArithmeticError) else 2
+    except KeyboardInterrupt:
+        errors.print(f"cispo {words[0]}: stopped")
+        return INTERRUPTED
+
+
+# ------------------------------------------------------------------------------------------------------- composition
+
+
+def build_task(config: Config, tokenizer: Any) -> Task:
+    """The task that a config names. Raises DataError, ConfigError."""
+    from cispo import tasks
+
+    return tasks.build(config.task, tokenizer, seed=config.seed)
+
+
+def model_path(config: Config, console: Console) -> str | Path:
+    """Where the model is; the embedded base is made on first use, behind a progress bar."""
+    if config.model.path is not None:
+        return config.model.path
+    from cispo.console import base_progress
+    from cispo.tasks.think import base_model
+
+    progress, callback = base_progress(console)
+    started = False
+
+    def show(*numbers: Any) -> None:
+        nonlocal started
+        if not started:
+            progress.start()
+            started = True
+        callback(*numbers)
+
+    try:
+        return base_model(progress=show)
+    finally:
+        if started:
+            progress.stop()
+
+
+def check_prompts(config: Config, task: Task, context: int | None) -> None:
+    """Every prompt with its completion must fit the model. Raises DataError."""
+    limits = {"train": config.rollout.max_tokens, "eval": config.eval.max_tokens or config.rollout.max_tokens}
+    for split, most in limits.items():
+        if split == "eval" and not config.eval.every:
+            continue
+        for prompt in task.prompts(split):
+            if context is not None and len(prompt.tokens) + most > context:
+                raise DataError(
+                    f"prompt {prompt.prompt_id}: {len(prompt.tokens)} tokens and rollout.max_tokens: {most} exceed the "
+                    f"model's context of {context}; lower max_tokens, or set task.max_prompt_tokens and "
+                    "task.overlong_prompts: drop"
+                )
+
+
+def compose(config: Config, run_dir: Path, observer: Observer, console: Console) -> tuple[Trainer, Callable[[], None]]:
+    """A trainer with all its parts, and what closes them. Weights are loaded last, after all that can be checked."""
+    import torch
+
+    from cispo import model as models
+    from cispo import tasks
+    from cispo.buffer import Buffer
+    from cispo.learner import LocalLearner
+    from cispo.metrics import open_trackers
+    from cispo.rollout import PromptCursor, Rollouts
+    from cispo.sampling.local import LocalSampler
+    from cispo.trainer import Trainer
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    tasks.check(config.task)
+    path = model_path(config, console)
+    models.check_folder(path)
+    task = build_task(config, models.load_tokenizer(path))
+    check_prompts(config, task, models.context_length(models.load_config(path)))
+    loaded = models.load(config.model, path)
+    reference = None
+    if config.algorithm.kl is not None and config.model.lora is None:
+        reference = models.load(config.model, path, trainable=False).model
+    learner = LocalLearner(
+        loaded,
+        config.learner,
+        head_dtype=torch.float32 if config.model.head_dtype == "float32" else None,
+        reference=reference,
+    )
+    sampler = LocalSampler(
+        loaded.model,
+        loaded.tokenizer,
+        max_batch_rows=config.rollout.max_batch_rows,
+        eos_token_ids=models.eos_token_ids(loaded.model, loaded.tokenizer),
+    )
+    rollouts = Rollouts(
+        config=config.rollout,
+        task=task,
+        sampler=sampler,
+        tokenizer=loaded.tokenizer,
+        buffer=Buffer(config.rollout.groups_per_step, config.asynchrony.max_staleness),
+        cursor=PromptCursor(task.prompts("train"), config.seed, config.rollout.pass_rate_ceiling),
+        seed=config.seed,
+    )
+    trackers = open_trackers(config.track, run_dir, config.model_dump(mode="json", by_alias=True))
+    trainer = Trainer(
+        config=config,
+        run_dir=run_dir,
+        learner=learner,
+        sampler=sampler,
+        task=task,
+        rollouts=rollouts,
+        tokenizer=loaded.tokenizer,
+        observer=observer,
+        trackers=trackers,
+    )
+
+    def close() -> None:
+        rollouts.close()
+        for tracker in trackers:
+            tracker.close()
+
+    return trainer, close
+
+
+def new_run_dir(config: Config) -> Path:
+    """The run's folder, made now. Raises ConfigError where it already holds something."""
+    run_dir = Path(config.run_dir or f"runs/{config.task.type}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir: {run_dir} exists and is not empty; go on with cispo train --resume {run_dir}, or choose another"
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir: {run_dir} is a file; choose another name")
+    return run_dir
+
+
+def train(config: Config | None = None, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train as `config` says (the embedded default without one) and return the run's folder.
+
+    resume: go on in `config.run_dir` from its newest checkpoint. Raises the errors of `cispo.types`.
+    """
+    from cispo import checkpoint
+    from cispo.console import Screen, summary
+
+    config = config or configs.load()
+    console = console or Console(stderr=True)
+    if resume and not config.run_dir:
+        raise ConfigError("run_dir: missing; resuming needs the folder of the run")
+    run_dir = Path(config.run_dir) if resume else new_run_dir(config)
+    folder = checkpoint.latest(run_dir) if resume else None
+    if folder is not None:
+        check_same(config, run_dir)
+    for warning in configs.warnings(config):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+    screen = Screen(console, steps=config.steps, thinks=config.task.type == "think")
+    trainer, close = compose(config, run_dir, screen, console)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)})))
+        if folder is not None:
+            trainer.resume(folder)
+            console.print(f"resuming {run_dir} after step {trainer.step}", soft_wrap=True, highlight=False)
+        with screen.showing():
+            finished = trainer.run()
+    finally:
+        close()
+    if not finished:
+        raise Interrupted(f"stopped after step {trainer.step} and saved; go on with: cispo train --resume {run_dir}")
+    summary(
+        console,
+        run_dir=run_dir,
+        before=trainer.before,
+        after=trainer.after,
+        first_eval=trainer.first_eval,
+        last_eval=trainer.last_eval,
+        next_steps=next_steps(config, run_dir),
+    )
+    return run_dir
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the run was saved. The message says how to resume."""
+
+
+def next_steps(config: Config, run_dir: Path) -> list[str]:
+    """What to try after a run."""
+    lines = [
+        f"talk to it         cispo sample {run_dir}",
+        f"evaluate it        cispo eval {run_dir}",
+    ]
+    if config.task.type == "think":
+        lines += [
+            "compare with GRPO  cispo train --algorithm.objective.type ppo_clip",
+            "your own data      cispo train recipes/jsonl-math.yaml --model.path MODEL --task.path DATA.jsonl",
+        ]
+    return lines
+
+
+def check_same(config: Config, run_dir: Path) -> None:
+    """A checkpoint may only be resumed under the config that made it. Raises ConfigError naming what differs."""
+    stored = configs.flatten(configs.read_yaml(run_dir / "config.yaml"))
+    wanted = configs.flatten(config.model_dump(mode="json", by_alias=True))
+    free = FREE_ON_RESUME if config.optimizer.schedule == "constant" else tuple(set(FREE_ON_RESUME) - {"steps"})
+    differing = [
+        f"  {key}: the run has {stored.get(key)!r}, now {wanted.get(key)!r}"
+        for key in dict.fromkeys([*stored, *wanted])
+        if stored.get(key) != wanted.get(key) and key.partition(".")[0] not in free
+    ]
+    if differing:
+        raise ConfigError(
+            f"{run_dir}: its checkpoints are of another config; drop these changes, or start another run\n"
+            + "\n".join(differing)
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def run_train(words: list[str], console: Console) -> int:
+    if "--help" in words or "-h" in words:
+        help_for_config("cispo train", [w for w in words if w not in ("-h", "--help")])
+        return 0
+    recipe, resume, rest = None, None, list(words)
+    if rest and not rest[0].startswith("--"):
+        recipe = rest.pop(0)
+    if "--resume" in rest:
+        at = rest.index("--resume")
+        rest.pop(at)
+        resume = rest.pop(at) if at < len(rest) and not rest[at].startswith("--") else ""
+    if resume and recipe is None:
+        recipe = str(Path(resume) / "config.yaml")
+        if not Path(recipe).is_file():
+            raise ConfigError(f"--resume {resume}: holds no run (there is no config.yaml)")
+    if resume:
+        rest += ["--run_dir", resume]
+    train(configs.load(recipe, rest), resume=resume is not None, console=console)
+    return 0
+
+
+def help_for_config(prog: str, words: list[str]) -> None:
+    """The whole config as flags, with the defaults of the recipe that is named."""
+    recipe = words[0] if words and not words[0].startswith("--") else None
+    default = configs.load(recipe, words[1:] if recipe else words)
+    tyro.cli(
+        Config,
+        prog=prog,
+        default=default,
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        description=(
+            f"{prog} [RECIPE.yaml] [--resume RUN] [--section.field value ...]\n\nWithout a recipe: the embedded "
+            "default, the task `think`. Values are read as YAML. Another variant of a section is chosen by its type, such as "
+            "--algorithm.objective.type ppo_clip or --task.type jsonl."
+        ),
+    )
+
+
+@dataclass
+class EvalOptions:
+    """Evaluate a run's newest checkpoint, or a recipe's model, on the held-out prompts."""
+
+    what: Annotated[str | None, tyro.conf.Positional] = None
+    """A run folder or a recipe; nothing means the embedded default."""
+
+
+def run_eval(words: list[str], console: Console) -> int:
+    import torch
+
+    from cispo import model as models
+    from cispo.buffer import Buffer
+    from cispo.rollout import PromptCursor, Rollouts
+    from cispo.sampling.local import LocalSampler
+    from cispo.trainer import eval_params
+
+    if "--help" in words or "-h" in words:
+        help_for_config("cispo eval", [w for w in words if w not in ("-h", "--help")])
+        return 0
+    rest = list(words)
+    what = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    config, path = resolve_model(what, rest, console)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = build_task(config, models.load_tokenizer(path))
+    prompts = task.prompts("eval")[: config.eval.max_prompts]
+    if not prompts:
+        raise ConfigError(
+            "task: has no held-out prompts; give it an evaluation set (eval_path, eval_split, eval_fraction)"
+        )
+    loaded = models.load(config.model.model_copy(update={"lora": None}), path, trainable=False)
+    sampler = LocalSampler(
+        loaded.model,
+        loaded.tokenizer,
+        max_batch_rows=config.rollout.max_batch_rows,
+        eos_token_ids=models.eos_token_ids(loaded.model, loaded.tokenizer),
+    )
+    rollouts = Rollouts(
+        config=config.rollout,
+        task=task,
+        sampler=sampler,
+        tokenizer=loaded.tokenizer,
+        buffer=Buffer(config.rollout.groups_per_step, 0),
+        cursor=PromptCursor(task.prompts("train"), config.seed),
+        seed=config.seed,
+    )
+    try:
+        with console.status(f"evaluating {len(prompts)} prompts"):
+            evaluation = rollouts.evaluate(prompts, eval_params(config), config.eval.samples_per_prompt, config.seed)
+    finally:
+        rollouts.close()
+    console.print(f"{'model':<24} {path}", soft_wrap=True, highlight=False)
+    console.print(f"{'prompts × samples':<24} {len(prompts)} × {config.eval.samples_per_prompt}", highlight=False)
+    for name, value in evaluation.metrics().items():
+        console.print(f"{name.removeprefix('eval/'):<24} {value:.4f}", highlight=False)
+    return 0
+
+
+def resolve_model(what: str | None, overrides: Sequence[str], console: Console) -> tuple[Config, str | Path]:
+    """The config and the model folder that a run, a recipe or nothing stands for."""
+    from cispo import checkpoint
+
+    if what is not None and Path(what).is_dir():
+        if not (Path(what) / "config.yaml").is_file():
+            raise DataError(f"{what}: holds no run (there is no config.yaml)")
+        return configs.load(Path(what) / "config.yaml", overrides), checkpoint.latest(Path(what)) / "model"
+    config = configs.load(what, overrides)
+    return config, model_path(config, console)
+
+
+@dataclass
+class SampleOptions:
+    """Talk to a model folder, a hub id, or a run's newest checkpoint; nothing means the embedded base model."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    prompt: str | None = None
+    """One prompt; without it, a conversation (Ctrl-D ends it)."""
+    n: int = 1
+    """Completions of the prompt."""
+    temperature: float = 1.0
+    max_tokens: int = 256
+    top_p: float = 1.0
+    seed: int | None = None
+    system: str | None = None
+    raw: bool = False
+    """Continue the text as it stands, without the chat template."""
+
+
+def run_sample(words: list[str], console: Console) -> int:
+    from cispo import checkpoint
+    from cispo import model as models
+    from cispo.config import ModelConfig
+    from cispo.sampling.local import LocalSampler
+    from cispo.types import SamplingParams
+
+    options = tyro.cli(SampleOptions, prog="cispo sample", args=words, use_underscores=True)
+    path: str | Path
+    if options.model is None:
+        path = model_path(Config(), console)
+    elif (Path(options.model) / "config.yaml").is_file():
+        path = checkpoint.latest(Path(options.model)) / "model"
+    else:
+        path = options.model
+    loaded = models.load(ModelConfig(), path, trainable=False)
+    sampler = LocalSampler(
+        loaded.model, loaded.tokenizer, eos_token_ids=models.eos_token_ids(loaded.model, loaded.tokenizer)
+    )
+    params = SamplingParams(
+        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    chat = Conversation(loaded, sampler, params, system=options.system, raw=options.raw)
+    if options.prompt is not None:
+        for text in chat.reply(options.prompt, options.n):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    console.print(f"{path}: type a prompt; Ctrl-D ends", markup=False, highlight=False, soft_wrap=True)
+    while True:
+        try:
+            prompt = console.input("[bold]> [/]")
+        except EOFError:
+            return 0
+        for text in chat.reply(prompt, options.n):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Conversation:
+    """Turns of a chat where the tokenizer has a chat template; else each prompt is continued on its own."""
+
+    def __init__(self, loaded: LoadedModel, sampler: Any, params: Any, *, system: str | None, raw: bool) -> None:
+        self._tokenizer, self._sampler, self._params = loaded.tokenizer, sampler, params
+        self._context = loaded.context_length
+        self._chat = not raw and bool(getattr(loaded.tokenizer, "chat_template", None))
+        self._turns = [{"role": "system", "content": system}] if system else []
+        if system and not self._chat:
+            raise ConfigError("system: this tokenizer has no chat template to put it in")
+
+    def reply(self, prompt: str, samples: int = 1) -> list[str]:
+        from dataclasses import replace
+
+        from cispo.types import SampleRequest
+
+        if self._chat:
+            self._turns.append({"role": "user", "content": prompt})
+            tokens = self._tokenizer.apply_chat_template(self._turns, add_generation_prompt=True, return_dict=False)
+        else:
+            tokens = self._tokenizer.encode(prompt)
+        if not tokens:
+            raise DataError("prompt: is empty")
+        params = self._params
+        if self._context is not None and len(tokens) + params.max_tokens > self._context:
+            params = replace(params, max_tokens=max(1, self._context - len(tokens)))
+        (result,) = self._sampler.sample([SampleRequest(0, tuple(tokens), samples, params)])
+        texts = self._tokenizer.batch_decode([list(c.tokens) for c in result.completions], skip_special_tokens=True)
+        if self._chat:
+            self._turns.append({"role": "assistant", "content": texts[0]})
+        return texts
+
+
+@dataclass
+class ExportOptions:
+    """Write a run's newest checkpoint as an ordinary transformers folder."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional]
+    adapter: bool = False
+    """With LoRA: write the adapter folder instead of merged weights."""
+
+
+def run_export(words: list[str], console: Console) -> int:
+    from cispo import checkpoint
+    from cispo import model as models
+
+    options = tyro.cli(ExportOptions, prog="cispo export", args=words, use_underscores=True)
+    target = Path(options.folder)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"folder: {target} exists and is not empty; choose another")
+    config, _ = resolve_model(options.run, [], console)
+    folder = checkpoint.latest(Path(options.run))
+    loaded = models.load(config.model, model_path(config, console))
+    from cispo.learner import LocalLearner
+
+    learner = LocalLearner(loaded)
+    learner.load(folder)
+    learner.export(target, merge=not options.adapter)
+    console.print(f"{folder.name} of {options.run} is in {target}", soft_wrap=True, highlight=False)
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it is for, and what runs it."""
+
+    help: str
+    run: Callable[[list[str], Console], int]
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train a model; without arguments, the embedded default", run_train),
+    "eval": Command("held-out accuracy of a run or a recipe's model", run_eval),
+    "sample": Command("talk to a model or a run's newest checkpoint", run_sample),
+    "export": Command("write a run's checkpoint as a transformers folder", run_export),
+}
+
+
+def usage() -> str:
+    lines = ["usage: cispo COMMAND ...   (cispo COMMAND --help says more; --debug shows tracebacks)", ""]
+    lines += [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)

@@ -1,0 +1,570 @@
+"""The one loop: take a step's groups, train on them, publish the new policy.
+
+Synchronous is asynchronous with staleness 0, so there is one loop and one buffer; who samples and who trains stands
+behind the verbs of `types.py`. Left out on purpose: building those parts (`cli.py`), how groups come about
+(`rollout.py`), and drawing anything on a screen (an `Observer`'s affair).
+
+Consumes: groups from the buffer. Waits for: the oldest admitted groups. Unblocked by: sampling and rewards.
+Produces: policy versions, metrics, rollout files, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cispo import advantages, checkpoint, objectives
+from cispo.batching import make_batch, take_rows, with_columns, with_reduction
+from cispo.config import CispoObjective, Config, PpoClipObjective, RolloutConfig
+from cispo.metrics import JsonlWriter, Tracker, dump_line, ratio_metrics, sampler_kl_metrics
+from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling_params, task_metrics, zero_variance
+from cispo.types import AdamParams, Batch, Group, Learner, LossOutput, Prompt, Sampler, SamplingParams, Task
+
+
+class Observer(Protocol):
+    """Who shows the run to a person."""
+
+    def status(self, text: str) -> None: ...
+
+    def step(self, metrics: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Timer:
+    """Seconds by name, and the rest."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One held-out prompt and what the policy wrote."""
+
+    prompt: str
+    completion: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's groups as rows to train on."""
+
+    groups: Sequence[Group]
+    kept: Sequence[int]  # indices of the groups that are not dropped
+    owners: Sequence[tuple[int, int]]  # of each row: its group's index and its place in it
+    advantages: Sequence[float]  # of each row
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What one optimizer update saw, token by token, for metrics and the rollout file."""
+
+    rows: Sequence[int]  # of the step's batch, in the order of `batch`
+    batch: Batch
+    output: LossOutput
+    grad_norm: float
+    staleness: int  # in optimizer updates, of the oldest token
+
+    def column(self, name: str) -> Tensor:
+        return self.batch.columns[name][self.output.evaluated_T]
+
+
+class Trainer:
+    """Runs `config.steps` RL steps. Construct it with everything it needs; `resume` before `run` to go on."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run_dir: Path,
+        learner: Learner,
+        sampler: Sampler,
+        task: Task,
+        rollouts: Rollouts,
+        tokenizer: Any,
+        observer: Observer,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._learner = learner
+        self._sampler = sampler
+        self._task = task
+        self._rollouts = rollouts
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._trackers = trackers
+        self._objective = objectives.bind(config.algorithm)
+        self._pieces: dict[int, str] = {}
+        self._interrupted = False
+        self.step = 0
+        self.updates = 0
+        self.total_tokens = 0
+        self._updates_at_version = {0: 0}
+        self._writer: JsonlWriter | None = None
+        self.before: list[Transcript] = []
+        self.after: list[Transcript] = []
+        self.first_eval: dict[str, float] = {}
+        self.last_eval: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> bool:
+        """Train to the last step. Returns False where Ctrl-C ended it early; a checkpoint is saved either way."""
+        if self._writer is None:
+            self._writer = JsonlWriter(self._run_dir / "metrics.jsonl")
+        every_eval, every_save = self._config.eval.every, self._config.checkpoint.every
+        with _interrupts(self):
+            if self.step == 0 and every_eval:
+                self._write({"step": 0, "updates": 0, **self._evaluate()})
+            while self.step < self._config.steps and not self._interrupted:
+                metrics = self._one_step()
+                if metrics is None:
+                    break
+                last = self.step == self._config.steps
+                if every_eval and (last or self.step % every_eval == 0):
+                    metrics |= self._evaluate()
+                self._write(metrics)
+                if not last and every_save and self.step % every_save == 0:
+                    self.save()
+            self.save()
+        return self.step == self._config.steps
+
+    def interrupt(self) -> None:
+        """Ask the run to end after the updates of its current step."""
+        self._interrupted = True
+        self._observer.status("stopping after this step's updates and saving; Ctrl-C again stops at once")
+
+    def _one_step(self) -> dict[str, Any] | None:
+        """One rollout and its updates. None where an interrupt came before the step's groups were complete."""
+        timer = Timer()
+        self._observer.status("sampling")
+        with timer.measure("sample"):
+            while not self._rollouts.buffer.ready:
+                if self._interrupted:
+                    return None
+                self._rollouts.advance(self.step)
+        groups, counts = self._rollouts.take()
+        self._observer.status("training")
+        step = self._prepare(groups, timer)
+        updates = self._train(step, timer)
+        self.step += 1
+        with timer.measure("optim"):
+            self._updates_at_version[self.step] = self.updates
+            self._sampler.update_weights(None, self.step)
+        metrics = self._metrics(step, counts, updates, timer)
+        self._write_rollouts(step, updates)
+        oldest = self.step - self._config.asynchrony.max_staleness - 1
+        self._updates_at_version = {v: n for v, n in self._updates_at_version.items() if v >= oldest}
+        return metrics
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def _prepare(self, groups: Sequence[Group], timer: Timer) -> _Step:
+        """The step's rows with advantages and the log-prob columns that the objective reads."""
+        algorithm, rollout = self._config.algorithm, self._config.rollout
+        kept = [i for i, group in enumerate(groups) if rollout.zero_variance == "keep" or not zero_variance(group)]
+        values = advantages.compute(algorithm.advantage, [[t.reward for t in groups[i].trajectories] for i in kept])
+        owners = [(i, g) for i in kept for g in range(len(groups[i].trajectories))]
+        row_advantages = [a for group in values for a in group]
+        if not owners:
+            empty = torch.empty(0)
+            return _Step(groups, kept, owners, row_advantages, Batch((), empty.long(), empty, {}))
+        trajectories = [groups[i].trajectories[g] for i, g in owners]
+        batch = make_batch(trajectories, row_advantages, mask_truncated=rollout.truncated == "mask")
+        columns = {
+            "anchor_logprobs": batch.columns["sampler_logprobs"],
+            "versions": torch.cat([t.versions[1:] for t in trajectories]).float(),
+        }
+        with timer.measure("forward"):
+            if algorithm.anchor == "proximal":
+                columns["anchor_logprobs"] = self._learner.forward(batch, temperature=rollout.temperature).logprobs_T
+            if algorithm.kl is not None:
+                reference = self._learner.forward(batch, temperature=rollout.temperature, reference=True)
+                columns["reference_logprobs"] = reference.logprobs_T
+        return _Step(groups, kept, owners, row_advantages, with_columns(batch, **columns))
+
+    def _train(self, step: _Step, timer: Timer) -> list[_Update]:
+        algorithm = self._config.algorithm
+        done = []
+        for _ in range(algorithm.epochs_per_rollout):
+            for rows in _windows(step, algorithm.updates_per_rollout):
+                window = with_reduction(
+                    take_rows(step.batch, rows),
+                    algorithm.reduction,
+                    [step.owners[r][0] for r in rows],
+                    constant=algorithm.constant or self._config.rollout.max_tokens,
+                )
+                # A row whose advantage is 0 has no gradient: it counts in the weights and costs no compute.
+                every = algorithm.kl is not None
+                trained = [k for k, r in enumerate(rows) if every or step.advantages[r] != 0.0]
+                window = take_rows(window, trained)
+                with timer.measure("train"):
+                    output = self._learner.forward_backward(
+                        window,
+                        self._objective,
+                        temperature=self._config.rollout.temperature,
+                        nonfinite=algorithm.nonfinite,
+                    )
+                with timer.measure("optim"):
+                    grad_norm = self._learner.optim_step(self._adam())["grad_norm"]
+                versions = window.columns["versions"][output.evaluated_T] if trained else torch.empty(0)
+                behind = self.updates - self._updates_at_version[int(versions.min())] if len(versions) else 0
+                done.append(_Update([rows[k] for k in trained], window, output, grad_norm, behind))
+                self.updates += 1
+        return done
+
+    def _adam(self) -> AdamParams:
+        """The schedule's learning rate at this update: linear warm-up, then constant or cosine to the last update."""
+        optimizer, algorithm = self._config.optimizer, self._config.algorithm
+        rate = optimizer.learning_rate
+        if self.updates < optimizer.warmup_updates:
+            rate *= (self.updates + 1) / optimizer.warmup_updates
+        elif optimizer.schedule == "cosine":
+            total = self._config.steps * algorithm.updates_per_rollout * algorithm.epochs_per_rollout
+            progress = (self.updates - optimizer.warmup_updates) / max(1, total - optimizer.warmup_updates)
+            floor = optimizer.min_learning_rate_share
+            rate *= floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return AdamParams(
+            learning_rate=rate,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            grad_clip_norm=optimizer.grad_clip_norm,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- metrics
+
+    def _metrics(self, step: _Step, counts: StepCounts, updates: Sequence[_Update], timer: Timer) -> dict[str, Any]:
+        sampled = sum(int(t.action_mask.sum()) for group in step.groups for t in group.trajectories)
+        self.total_tokens += sampled
+        dropped = counts.dropped_groups + len(step.groups) - len(step.kept)
+        seconds = timer.seconds
+        trained = [u for u in updates if bool(u.output.evaluated_T.any())]
+        metrics: dict[str, Any] = {
+            "step": self.step,
+            "updates": self.updates,
+            **{f"time/{name}_s": seconds.get(name, 0.0) for name in ("sample", "forward", "train", "optim")},
+            "tokens/sampled": sampled,
+            "tokens/trained": sum(int(u.output.evaluated_T.sum()) for u in updates),
+            "tokens/total": self.total_tokens,
+            "tokens/sample_per_s": sampled / seconds["sample"],
+            "tokens/train_per_s": sum(sum(u.batch.lengths) for u in updates) / seconds["train"],
+            **reward_metrics(step.groups),
+            **task_metrics(self._task, step.groups),
+            "rollout/zero_variance": statistics.fmean(zero_variance(group) for group in step.groups),
+            "rollout/dropped_groups": dropped,
+            "rollout/prompts_retired": self._rollouts.cursor.retired,
+            "rollout/nonfinite_dropped": sum(u.output.dropped for u in updates),
+            **self._staleness(step.groups),
+            "staleness/updates_max": max((u.staleness for u in updates), default=0),
+            "optim/grad_norm": statistics.fmean(u.grad_norm for u in updates),
+            "optim/grad_norm_max": max(u.grad_norm for u in updates),
+            "optim/learning_rate": self._last_rate(),
+            **(self._token_metrics(trained) if trained else {}),
+        }
+        metrics["time/step_s"] = timer.total
+        return metrics
+
+    def _last_rate(self) -> float:
+        self.updates -= 1
+        rate = self._adam().learning_rate
+        self.updates += 1
+        return rate
+
+    def _staleness(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Per sampled token, in RL steps: the policy that trains is the one before this step's publication."""
+        versions = torch.cat([t.versions[t.action_mask] for group in groups for t in group.trajectories])
+        behind = (self.step - 1) - versions
+        return {
+            "staleness/steps_mean": float(behind.double().mean()),
+            "staleness/steps_max": int(behind.max()),
+            "staleness/histogram": torch.bincount(behind).tolist(),
+        }
+
+    def _token_metrics(self, updates: Sequence[_Update]) -> dict[str, float]:
+        """DESIGN §6, over the tokens that went through the model in this step's updates."""
+        ratios, low, high = [], *self._bounds()
+        for update in updates:
+            logprobs_N = update.output.logprobs_T[update.output.evaluated_T]
+            ratios.append((logprobs_N - update.column("anchor_logprobs")).exp())
+        evaluated = torch.cat(ratios)
+        signs = torch.cat([u.column("advantages") for u in updates])
+        first, entropy = updates[0], [u.output.entropy_T[u.output.evaluated_T] for u in updates]
+        first_logprobs = first.output.logprobs_T[first.output.evaluated_T]
+        metrics = {
+            **ratio_metrics(evaluated, signs, low, high),
+            "ratio/first_update_max": float(ratios[0].max()),
+            "ratio/last_update_mean": float(ratios[-1].mean()),
+            "ratio/last_update_max": float(ratios[-1].max()),
+            **sampler_kl_metrics(first_logprobs, first.column("sampler_logprobs")),
+            "policy/entropy": float(torch.cat(entropy).mean()),
+            "policy/loss": statistics.fmean(u.output.loss for u in updates),
+        }
+        if self._config.algorithm.kl is not None:
+            estimates = [
+                objectives.kl_estimate(
+                    u.output.logprobs_T[u.output.evaluated_T],
+                    u.column("reference_logprobs"),
+                    self._config.algorithm.kl.form,
+                )
+                for u in updates
+            ]
+            metrics["kl/reference"] = float(torch.cat(estimates).mean())
+        return metrics
+
+    def _bounds(self) -> tuple[float, float]:
+        objective = self._config.algorithm.objective
+        if isinstance(objective, CispoObjective | PpoClipObjective):
+            return objective.clip_low_threshold, objective.clip_high_threshold
+        return 0.0, math.inf
+
+    def _evaluate(self) -> dict[str, float]:
+        settings = self._config.eval
+        self._observer.status("evaluating")
+        start = time.perf_counter()
+        evaluation = self._rollouts.evaluate(
+            self._task.prompts("eval")[: settings.max_prompts],
+            eval_params(self._config),
+            settings.samples_per_prompt,
+            self._config.seed,
+        )
+        self._remember(evaluation)
+        metrics = evaluation.metrics() | {"time/eval_s": time.perf_counter() - start}
+        self.first_eval = self.first_eval or metrics
+        self.last_eval = metrics
+        return metrics
+
+    def _remember(self, evaluation: Evaluation) -> None:
+        """Three transcripts, the same prompts each time."""
+        shown = [
+            Transcript(
+                _prompt_text(group.prompt), group.trajectories[0].text, is_correct(group.trajectories[0].rewards)
+            )
+            for group in evaluation.groups[:3]
+        ]
+        self.before = self.before or shown
+        self.after = shown
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        self._writer.write(metrics)
+        for tracker in self._trackers:
+            tracker.log(metrics, metrics["step"])
+        self._observer.step(metrics)
+
+    def _write_rollouts(self, step: _Step, updates: Sequence[_Update]) -> None:
+        """`rollouts/step-NNNNNN.jsonl`: one completion a line, with what its first update saw of each token."""
+        seen: dict[tuple[int, int], dict[str, Any]] = {}
+        for number, update in reversed(list(enumerate(updates))):  # the first epoch's update wins
+            lengths = update.batch.lengths
+            parts = zip(
+                update.rows,
+                update.output.evaluated_T.split(lengths),
+                update.output.logprobs_T.split(lengths),
+                update.output.entropy_T.split(lengths),
+                update.batch.weights_T.split(lengths),
+                strict=True,
+            )
+            for row, mask, logprobs, entropy, weights in parts:
+                seen[step.owners[row]] = {
+                    "update": number,
+                    "logprobs": _rounded(logprobs[mask]),
+                    "entropy": _rounded(entropy[mask]),
+                    "weights": weights[mask].tolist(),
+                }
+        advantage = dict(zip(step.owners, step.advantages, strict=True))
+        untrained = {"update": None, "logprobs": None, "entropy": None, "weights": None}
+        path = self._run_dir / "rollouts" / f"step-{self.step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        limit = self._config.rollout.write_groups
+        with open(path, "wb") as file:
+            for i, group in enumerate(step.groups[:limit]):
+                for g, t in enumerate(group.trajectories):
+                    tokens = t.tokens[t.action_mask].tolist()
+                    record = {
+                        "step": self.step,
+                        "admission": group.admission,
+                        "sample": g,
+                        "prompt_id": group.prompt.prompt_id,
+                        "prompt": group.prompt.text,
+                        "completion": t.text,
+                        "reward": t.reward,
+                        "rewards": t.rewards,
+                        "correct": is_correct(t.rewards),
+                        "advantage": advantage.get((i, g)),
+                        "truncated": t.truncated,
+                        "trained": (i, g) in seen,
+                        "version": group.version,
+                        "tokens": tokens,
+                        "pieces": [self._piece(token) for token in tokens],
+                        "sampler_logprobs": _rounded(t.sampler_logprobs[t.action_mask]),
+                        "versions": t.versions[t.action_mask].tolist(),
+                        **seen.get((i, g), untrained),
+                    }
+                    file.write(dump_line(record))
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._tokenizer.decode([token])
+        return self._pieces[token]
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self) -> Path:
+        """A checkpoint of everything that the rest of the run depends on."""
+        self._observer.status("saving a checkpoint")
+        buffer, cursor = self._rollouts.buffer, self._rollouts.cursor
+        state = {
+            "step": self.step,
+            "updates": self.updates,
+            "total_tokens": self.total_tokens,
+            "updates_at_version": list(self._updates_at_version.items()),
+            "cursor": {"epoch": cursor.epoch, "position": cursor.position, "pass_rates": cursor.pass_rates},
+            "buffer": {
+                "admitted": buffer.admitted,
+                "next_number": buffer.next_number,
+                "outstanding": [
+                    {
+                        "number": n,
+                        "prompt_id": self._rollouts.open[n][0].prompt_id,
+                        "version": self._rollouts.open[n][1],
+                    }
+                    for n in buffer.outstanding
+                ],
+                "finished": [checkpoint.group_to_json(group) for group in buffer.finished],
+            },
+            "counts": asdict(self._rollouts.counts),
+            "metrics_position": self._writer.position,
+            "first_eval": self.first_eval,
+            "last_eval": self.last_eval,
+            "before": [[t.prompt, t.completion, t.correct] for t in self.before],
+            "after": [[t.prompt, t.completion, t.correct] for t in self.after],
+            "config": self._config.model_dump(mode="json", by_alias=True),
+        }
+        return checkpoint.save(self._run_dir, self.step, self._learner, state, keep=self._config.checkpoint.keep)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint: the same losses and rewards as a run that never stopped."""
+        state = checkpoint.load_state(folder)
+        self._learner.load(folder)
+        self.step, self.updates, self.total_tokens = state["step"], state["updates"], state["total_tokens"]
+        self._updates_at_version = dict(state["updates_at_version"])
+        self.first_eval, self.last_eval = state["first_eval"], state["last_eval"]
+        self.before, self.after = ([Transcript(*t) for t in state[name]] for name in ("before", "after"))
+        prompts = {prompt.prompt_id: prompt for prompt in self._task.prompts("train")}
+        stored, rollouts = state["buffer"], self._rollouts
+        rollouts.cursor.restore(**state["cursor"])
+        rollouts.counts = StepCounts(**state["counts"])
+        rollouts.buffer.restore(
+            admitted=stored["admitted"],
+            next_number=stored["next_number"],
+            outstanding=[entry["number"] for entry in stored["outstanding"]],
+            finished=[checkpoint.group_from_json(record, prompts) for record in stored["finished"]],
+        )
+        self._sampler.update_weights(None, self.step)
+        for entry in stored["outstanding"]:
+            rollouts.admit(entry["number"], prompts[entry["prompt_id"]], entry["version"])
+        self._writer = JsonlWriter(self._run_dir / "metrics.jsonl", position=state["metrics_position"])
+        for path in (self._run_dir / "rollouts").glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > self.step:
+                path.unlink()
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def eval_params(config: Config) -> SamplingParams:
+    """How held-out completions are sampled: as rollouts are, where `eval` does not say otherwise. No truncation."""
+    changes: dict[str, Any] = {}
+    if config.eval.temperature is not None:
+        changes["temperature"] = config.eval.temperature
+    if config.eval.max_tokens is not None:
+        changes["max_tokens"] = config.eval.max_tokens
+    return sampling_params(RolloutConfig.model_construct(**{**dict(config.rollout), **changes}))
+
+
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, by function too, and lengths by correctness, over all of a step's completions."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    rewards = [t.reward for t in trajectories if t.reward is not None]
+    lengths = [int(t.action_mask.sum()) for t in trajectories]
+    correct = [is_correct(t.rewards) for t in trajectories]
+    metrics = {
+        "reward/correct": statistics.fmean(correct),
+        "reward/none": 1 - len(rewards) / len(trajectories),
+        "rollout/length_mean": statistics.fmean(lengths),
+        "rollout/length_max": max(lengths),
+        "rollout/truncated": statistics.fmean(t.truncated for t in trajectories),
+    }
+    if rewards:
+        metrics |= {"reward/mean": statistics.fmean(rewards), "reward/std": statistics.pstdev(rewards)}
+    for name in trajectories[0].rewards:
+        given = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
+        if given:
+            metrics[f"reward/function/{name}"] = statistics.fmean(given)
+    for name, wanted in (("correct", True), ("incorrect", False)):
+        chosen = [length for length, c in zip(lengths, correct, strict=True) if c is wanted]
+        if chosen:
+            metrics[f"rollout/length_{name}"] = statistics.fmean(chosen)
+    return metrics
+
+
+def _windows(step: _Step, updates: int) -> list[list[int]]:
+    """The step's rows in `updates` windows of whole groups, as even as the kept groups allow; some may be empty."""
+    position = {group: k for k, group in enumerate(step.kept)}
+    windows: list[list[int]] = [[] for _ in range(updates)]
+    for row, (group, _) in enumerate(step.owners):
+        windows[position[group] * updates // len(step.kept)].append(row)
+    return windows
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    return prompt.text if isinstance(prompt.text, str) else str(prompt.text[-1].get("content", ""))
+
+
+@contextlib.contextmanager
+def _interrupts(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C asks for an orderly end, the second ends at once. Only the main thread may set handlers."""
+
+    def handle(number: int, frame: Any) -> None:
+        trainer.interrupt()
+        signal.signal(signal.SIGINT, previous)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: Ctrl-C is somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
