@@ -310,8 +310,8 @@ def help_for_config(prog: str, words: list[str]) -> None:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         description=(
             f"{prog} [RECIPE.yaml] [--resume RUN] [--section.field value ...]\n\nWithout a recipe: the embedded "
-            "default, the task `think`. Values are read as YAML. Another variant of a section is chosen by its type, such as "
-            "--algorithm.objective.type ppo_clip or --task.type jsonl."
+            "default, the task `think`. Values are read as YAML. Another variant of a section is chosen by its "
+            "type, such as --algorithm.objective.type ppo_clip or --task.type jsonl."
         ),
     )
 

@@ -8,6 +8,7 @@ building anything (that is `cli.py`'s) and other systems' spellings (`dialects/`
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -791,7 +792,7 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(tag), expected.split(", "), 1)
         return f"{shown}.type: {tag!r} is unknown; choose from {expected}" + (f" (nearest: {near[0]})" if near else "")
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(value), detail["ctx"]["expected"].replace("'", "").split(" or "), 1)
+        near = difflib.get_close_matches(str(value), re.findall("'([^']*)'", detail["ctx"]["expected"]), 1)
         return f"{shown}: {value!r} is not one of {detail['ctx']['expected']}" + (
             f" (nearest: {near[0]})" if near else ""
         )
