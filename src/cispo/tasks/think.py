@@ -1,7 +1,7 @@
 """`think`: a task small enough for a laptop, in which reinforcement learning has to discover thinking.
 
 A prompt is a prefix and six digits, `?402913`; the answer is their sum mod 10. A completion may answer at once, `=9`,
-or first open with the fork token `~` and write the running sums, `~446579=9` for that prompt. Adding one digit at a
+or first open with the fork token `~` and write the running sums, `~446569=9` for that prompt. Adding one digit at a
 time is easy for a 0.3-million-parameter model and adding six in its head is not, so thinking is right almost always
 and answering directly about 1 time in 10. The base model thinks under the prefix `!`. Under `?`, the one that is
 trained, it opens with `~` only about 2 times in 100. The reward is 1 for the right final answer and nothing else.
