@@ -1,0 +1,314 @@
+"""Rollout files as the inspector shows them, and the fork tokens of a run.
+
+A rollout line is one completion with, for each of its tokens, the log-prob at sampling (log μ), the trainer's at the
+first update that trained it (log π) and the reduction's weight. From these follows everything the inspector shows: the
+importance weight r = π/μ, and the *push* −∂loss/∂log π of each token: how hard the update raises (+) or lowers (−) it.
+
+Sampled out where a run is too large for a page, and said so by `Chosen.note`: whole steps, then whole groups, evenly
+spaced and never by what is in them. Left out on purpose: drawing (`assets/inspector.js`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PPO = {"type": "ppo_clip", "clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+"""PPO's and GRPO's usual clip, what `clip/ppo_silenced` counts too."""
+START = -1
+"""The context of a completion's first token."""
+
+Array = np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+
+def push(objective: Mapping[str, Any], ratio_N: Array, advantages_N: Array, weights_N: Array) -> Array:
+    """−∂(weight·loss)/∂log π of N tokens: positive where the update raises the token's probability.
+
+    The derivatives of `objectives.py`'s formulas, as the config names them: CISPO clip(r)·A·w (MiniMax-M1 eq. 4, mask M
+    of eq. 6–7); PPO r·A·w, and 0 where the clip is active (arXiv:1707.06347 eq. 7); importance sampling r·A·w;
+    REINFORCE A·w. An objective of another name gives NaN: it is not known here.
+    """
+    r, A = ratio_N, advantages_N
+    match objective.get("type"):
+        case "cispo":
+            low, high = objective.get("clip_low_threshold", 0.0), objective.get("clip_high_threshold", 4.0)
+            below, above = objective.get("mask_low_threshold"), objective.get("mask_high_threshold")
+            masked = ((A > 0) & (r > (np.inf if above is None else above))) | ((A < 0) & (r < (below or 0.0)))
+            return np.where(masked, 0.0, np.clip(r, low, high) * A * weights_N)
+        case "ppo_clip":
+            dual = objective.get("dual_clip")
+            cut = silenced(r, A, objective.get("clip_low_threshold", 0.8), objective.get("clip_high_threshold", 1.2))
+            if dual is not None:
+                cut |= (A < 0) & (r > dual)
+            return np.where(cut, 0.0, r * A * weights_N)
+        case "importance_sampling":
+            return r * A * weights_N
+        case "reinforce":
+            return A * weights_N
+    return np.full(len(r), np.nan)
+
+
+def silenced(ratio_N: Array, advantages_N: Array, low: float = 0.8, high: float = 1.2) -> Array:
+    """Where PPO's clip leaves no gradient: A > 0 above `high`, A < 0 below `low`."""
+    return ((advantages_N > 0) & (ratio_N > high)) | ((advantages_N < 0) & (ratio_N < low))
+
+
+# ---------------------------------------------------------------------------------------------------- rollout files
+
+
+@dataclass(frozen=True)
+class Line:
+    """One completion: what a person reads, and its N tokens as arrays (NaN where the file has null or nothing)."""
+
+    head: Mapping[str, Any]
+    ids: Array
+    pieces: Sequence[str]
+    sampler: Array
+    logprobs: Array
+    entropy: Array
+    weights: Array
+    versions: Array
+
+    @property
+    def advantage(self) -> float:
+        value = self.head.get("advantage")
+        return float("nan") if value is None else float(value)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The completions of a rollout file; lines that are torn or not completions are left out."""
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                raw = json.loads(text)
+                ids = np.asarray(raw["tokens"], np.int64)
+                pieces = [str(piece) for piece in raw["pieces"]]
+            except (ValueError, KeyError, TypeError):
+                continue
+            n = len(ids)
+            columns = [_column(raw.get(name), n) for name in ("sampler_logprobs", "logprobs", "entropy", "weights")]
+            yield Line(raw, ids, pieces, *columns, _column(raw.get("versions"), n))
+
+
+def _column(values: Any, n: int) -> Array:
+    """float64 [n]; NaN for null, and for a column that does not have one value a token."""
+    if not isinstance(values, list) or len(values) != n:
+        return np.full(n, np.nan)
+    return np.array([np.nan if v is None else v for v in values], float)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The steps of a run that are read, and what a page says about the others."""
+
+    steps: dict[int, Path]
+    of: int
+
+    @property
+    def note(self) -> str:
+        if len(self.steps) == self.of:
+            return ""
+        return f"{len(self.steps)} of {self.of} rollout files are shown, evenly spaced, the first and the last among them."
+
+
+def choose_steps(files: Mapping[int, Path], *, most: int, most_bytes: int) -> Chosen:
+    """At most `most` steps, and no more than about `most_bytes` to read; the first and the last are always among them."""
+    steps = sorted(files)
+    if steps:
+        typical = max(1, int(np.median([files[s].stat().st_size for s in (steps[0], steps[len(steps) // 2], steps[-1])])))
+        most = max(2, min(most, most_bytes // typical))
+    return Chosen({s: files[s] for s in spread(steps, most)}, len(steps))
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """`most` of the items, evenly spaced from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in sorted({round(k * (len(items) - 1) / max(1, most - 1)) for k in range(most)})]
+
+
+# ---------------------------------------------------------------------------------------------------------- encoding
+
+
+def encode_step(lines: Sequence[Line], *, token_budget: int) -> dict[str, Any]:
+    """One step for the page: groups of completions, token columns as base64 of little-endian arrays.
+
+    `pieces` is the step's table of token texts, to which a completion's `t` (uint32) points; `s`, `l`, `e` are float32
+    log μ, log π and entropy, null where nothing is known; `w` and `v` are one number where all tokens agree.
+    Whole groups are left out, evenly spaced, where the step has more than `token_budget` tokens.
+    """
+    groups: dict[Any, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line.head.get("admission", line.head.get("prompt_id")), []).append(line)
+    per_group = sum(len(line.ids) for line in lines) / max(1, len(groups))
+    kept = spread(list(groups), max(1, int(token_budget // max(1.0, per_group))))
+    table: dict[str, int] = {}
+    shown = []
+    for admission in kept:
+        head = groups[admission][0].head
+        shown.append(
+            {
+                "admission": head.get("admission"),
+                "prompt_id": head.get("prompt_id"),
+                "prompt": head.get("prompt"),
+                "completions": [_encode(line, table) for line in groups[admission]],
+            }
+        )
+    return {"pieces": list(table), "groups": shown, "groups_of": len(groups)}
+
+
+def _encode(line: Line, table: dict[str, int]) -> dict[str, Any]:
+    keys = ("sample", "reward", "rewards", "correct", "advantage", "truncated", "trained", "version", "update")
+    return {key: line.head.get(key) for key in keys} | {
+        "t": _base64(np.array([table.setdefault(piece, len(table)) for piece in line.pieces], "<u4")),
+        "s": _floats(line.sampler),
+        "l": _floats(line.logprobs),
+        "e": _floats(line.entropy),
+        "w": _constant(line.weights),
+        "v": _constant(line.versions),
+    }
+
+
+def _base64(values: Array) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _floats(values: Array) -> str | None:
+    return None if np.isnan(values).all() else _base64(values.astype("<f4"))
+
+
+def _constant(values: Array) -> float | str | None:
+    if len(values) and (values == values[0]).all():
+        return float(values[0])
+    return _floats(values)
+
+
+# ------------------------------------------------------------------------------------------------------- fork tokens
+
+
+class ForkCounter:
+    """Counts tokens after their predecessor, step by step, and the push that each got.
+
+    A fork token is a token whose probability *after a given token* rose most. The policy samples from itself, so the
+    share of a context's occurrences that continue with a token estimates its probability, without any log-prob of
+    tokens that were not sampled.
+    """
+
+    def __init__(self, objective: Mapping[str, Any]) -> None:
+        self._objective = objective
+        self._pieces: dict[int, str] = {}
+        self._steps: list[dict[str, Any]] = []
+
+    def add(self, step: int, lines: Sequence[Line]) -> None:
+        lines = [line for line in lines if len(line.ids)]
+        if not lines:
+            return
+        for line in lines:
+            self._pieces.update(zip(line.ids.tolist(), line.pieces))
+        ids = np.concatenate([line.ids for line in lines])
+        before = np.concatenate([np.concatenate([[START], line.ids[:-1]]) for line in lines])
+        A = np.concatenate([np.full(len(line.ids), line.advantage) for line in lines])
+        r = np.exp(np.concatenate([line.logprobs - line.sampler for line in lines]))
+        w = np.concatenate([line.weights for line in lines])
+        trained = np.isfinite(r) & np.isfinite(A) & np.isfinite(w) & (A != 0)
+        pairs, at = np.unique(np.stack([before, ids]), axis=1, return_inverse=True)
+        at = at.reshape(-1)
+
+        def total(values: Array) -> Array:
+            return np.bincount(at, np.where(trained, values, 0.0), minlength=pairs.shape[1])
+
+        with np.errstate(invalid="ignore"):
+            self._steps.append(
+                {
+                    "step": step,
+                    "pairs": [tuple(pair) for pair in pairs.T.tolist()],
+                    "count": np.bincount(at, minlength=pairs.shape[1]),
+                    "got": total(push(self._objective, r, A, w)),
+                    "ppo": total(push(PPO, r, A, w)),
+                    "raised": total(((A > 0) * w != 0).astype(float)),
+                    "silenced": total((silenced(r, A) & (w != 0)).astype(float)),
+                    "trained": total((w != 0).astype(float)),
+                }
+            )
+
+    def forks(self, most: int = 12, *, fewest: int = 8) -> dict[str, Any]:
+        """The `most` pairs (context, token) whose share rose most, with their share at each step.
+
+        Ranked by what the rise is worth, in nats per sampled token: (last share of all tokens) · log(p_last/p_first).
+        p_first and p_last pool steps from either end until the context has occurred 200 times, but never more than
+        half of the steps; a context seen fewer than `fewest` times at either end is left out.
+        """
+        self._steps.sort(key=lambda s: s["step"])
+        steps = self._steps
+        if len(steps) < 2:
+            return {"steps": [s["step"] for s in steps], "forks": []}
+        by_step = [dict(zip(s["pairs"], s["count"].tolist())) for s in steps]
+        contexts = []
+        for counts in by_step:
+            context: dict[int, int] = {}
+            for (before, _), n in counts.items():
+                context[before] = context.get(before, 0) + n
+            contexts.append(context)
+        half = len(steps) // 2
+        # only pairs that are in the last steps can have risen
+        late = {pair for counts in by_step[-half:] for pair in counts}
+        tokens_late = sum(sum(c.values()) for c in contexts[-half:])
+        found = []
+        for pair in late:
+            first = _pooled(pair, by_step[:half], contexts[:half])
+            last = _pooled(pair, by_step[::-1][:half], contexts[::-1][:half])
+            if min(first[1], last[1]) < fewest:
+                continue
+            p_first, p_last = (first[0] + 0.5) / (first[1] + 1), (last[0] + 0.5) / (last[1] + 1)
+            if p_last > p_first:
+                share = sum(c.get(pair, 0) for c in by_step[-half:]) / tokens_late
+                found.append((share * float(np.log(p_last / p_first)), pair, first, last))
+        found.sort(key=lambda f: (-f[0], f[1]))
+        forks = []
+        for worth, pair, first, last in found[:most]:
+            sums = {"got": 0.0, "ppo": 0.0, "silenced": 0.0, "raised": 0.0, "trained": 0.0}
+            for s in steps:
+                index = _index(s, pair)
+                if index is not None:
+                    for key in sums:
+                        sums[key] += float(s[key][index])
+            series = [c.get(pair, 0) / t[pair[0]] if t.get(pair[0]) else None for c, t in zip(by_step, contexts)]
+            forks.append(
+                {
+                    "before": None if pair[0] == START else self._pieces[pair[0]],
+                    "token": self._pieces[pair[1]],
+                    "first": first[0] / first[1],
+                    "last": last[0] / last[1],
+                    "worth": worth,
+                    "count": sum(c.get(pair, 0) for c in by_step),
+                    "series": [None if p is None else round(p, 5) for p in series],
+                    **{key: None if np.isnan(value) else value for key, value in sums.items()},
+                }
+            )
+        return {"steps": [s["step"] for s in steps], "forks": forks}
+
+
+def _index(step: dict[str, Any], pair: tuple[int, int]) -> int | None:
+    where = step.setdefault("where", None)
+    if where is None:
+        where = step["where"] = {p: i for i, p in enumerate(step["pairs"])}
+    return where.get(pair)
+
+
+def _pooled(pair: tuple[int, int], by_step: Sequence[dict], contexts: Sequence[dict]) -> tuple[int, int]:
+    """(occurrences of the pair, of its context) over steps in the given order until the context has 200."""
+    n = of = 0
+    for counts, context in zip(by_step, contexts):
+        n, of = n + counts.get(pair, 0), of + context.get(pair[0], 0)
+        if of >= 200:
+            break
+    return n, of
