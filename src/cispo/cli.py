@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         errors.print(f"[bold red]cispo {words[0]}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1 if isinstance(error, RunError | ArithmeticError) else 2
-    except KeyboardInterrupt:
-        errors.print(f"cispo {words[0]}: stopped")
+    except KeyboardInterrupt as stop:
+        errors.print(f"cispo {words[0]}: {escape(str(stop)) or 'stopped'}", soft_wrap=True, highlight=False)
         return INTERRUPTED
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -460,7 +461,7 @@ class OptimizerConfig(Section):
     grad_clip_norm: NonNegative = 1.0
     """0: no clipping."""
     warmup_updates: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     min_learning_rate_share: Share = 0.0
     """Where the cosine ends, as a share of learning_rate."""
 
@@ -506,7 +507,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    asynchrony: AsyncConfig = Field(default=AsyncConfig(), alias="async")
+    asynchrony: Annotated[AsyncConfig, tyro.conf.arg(name="async")] = Field(default=AsyncConfig(), alias="async")
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

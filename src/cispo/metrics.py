@@ -61,7 +61,7 @@ NAMES: dict[str, str] = {
     "ratio/p50": "its median",
     "ratio/p99": "its 99th percentile",
     "ratio/max": "its maximum",
-    "ratio/first_update_max": "maximum at the step's first update: far from 1 only if sampler and trainer disagree",
+    "ratio/first_update_max": "maximum at the step's first update, if it had a gradient: far from 1 only if stale or mismatched",
     "ratio/last_update_mean": "mean at the step's last update",
     "ratio/last_update_max": "maximum at the step's last update",
     "clip/above": "share of trained tokens above the cap",

@@ -215,7 +215,8 @@ class Rollouts:
 
     async def _group(self, result: SampleResult, prompt: Prompt, version: int) -> Group:
         texts = self.texts(result.completions)
-        scores = await self._task.score(prompt, texts)
+        ids = [completion.tokens for completion in result.completions]
+        scores = await self._task.score(prompt, texts, completion_ids=ids)
         return Group(
             prompt=prompt,
             trajectories=tuple(

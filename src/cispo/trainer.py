@@ -83,6 +83,7 @@ class _Step:
 class _Update:
     """What one optimizer update saw, token by token, for metrics and the rollout file."""
 
+    number: int  # within the step
     rows: Sequence[int]  # of the step's batch, in the order of `batch`
     batch: Batch
     output: LossOutput
@@ -234,7 +235,7 @@ class Trainer:
                     grad_norm = self._learner.optim_step(self._adam())["grad_norm"]
                 versions = window.columns["versions"][output.evaluated_T] if trained else torch.empty(0)
                 behind = self.updates - self._updates_at_version[int(versions.min())] if len(versions) else 0
-                done.append(_Update([rows[k] for k in trained], window, output, grad_norm, behind))
+                done.append(_Update(len(done), [rows[k] for k in trained], window, output, grad_norm, behind))
                 self.updates += 1
         return done
 
@@ -315,17 +316,19 @@ class Trainer:
             ratios.append((logprobs_N - update.column("anchor_logprobs")).exp())
         evaluated = torch.cat(ratios)
         signs = torch.cat([u.column("advantages") for u in updates])
-        first, entropy = updates[0], [u.output.entropy_T[u.output.evaluated_T] for u in updates]
-        first_logprobs = first.output.logprobs_T[first.output.evaluated_T]
+        entropy = [u.output.entropy_T[u.output.evaluated_T] for u in updates]
         metrics = {
             **ratio_metrics(evaluated, signs, low, high),
-            "ratio/first_update_max": float(ratios[0].max()),
             "ratio/last_update_mean": float(ratios[-1].mean()),
             "ratio/last_update_max": float(ratios[-1].max()),
-            **sampler_kl_metrics(first_logprobs, first.column("sampler_logprobs")),
             "policy/entropy": float(torch.cat(entropy).mean()),
             "policy/loss": statistics.fmean(u.output.loss for u in updates),
         }
+        first = updates[0]
+        if first.number == 0:  # before any step on this rollout, sampler and trainer are the same policy
+            logprobs_N = first.output.logprobs_T[first.output.evaluated_T]
+            metrics |= sampler_kl_metrics(logprobs_N, first.column("sampler_logprobs"))
+            metrics["ratio/first_update_max"] = float(ratios[0].max())
         if self._config.algorithm.kl is not None:
             estimates = [
                 objectives.kl_estimate(
@@ -380,7 +383,7 @@ class Trainer:
     def _write_rollouts(self, step: _Step, updates: Sequence[_Update]) -> None:
         """`rollouts/step-NNNNNN.jsonl`: one completion a line, with what its first update saw of each token."""
         seen: dict[tuple[int, int], dict[str, Any]] = {}
-        for number, update in reversed(list(enumerate(updates))):  # the first epoch's update wins
+        for update in reversed(updates):  # the first epoch's update wins
             lengths = update.batch.lengths
             parts = zip(
                 update.rows,
@@ -392,7 +395,7 @@ class Trainer:
             )
             for row, mask, logprobs, entropy, weights in parts:
                 seen[step.owners[row]] = {
-                    "update": number,
+                    "update": update.number,
                     "logprobs": _rounded(logprobs[mask]),
                     "entropy": _rounded(entropy[mask]),
                     "weights": weights[mask].tolist(),

@@ -252,9 +252,12 @@ class Task(Protocol):
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         """All prompts of a split, in a fixed order. The trainer shuffles and keeps the cursor."""
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[Mapping[str, float | None]]:
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], *, completion_ids: Sequence[Sequence[int]] | None = None
+    ) -> Sequence[Mapping[str, float | None]]:
         """One mapping from reward function to reward for each completion of one prompt.
 
+        completion_ids: the sampled tokens of each, the one that ended it included, for those who count tokens.
         The first function decides what counts as correct (at least 0.5). Raises RunError when too many calls fail.
         """
 

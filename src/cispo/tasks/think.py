@@ -110,7 +110,9 @@ class ThinkTask:
     def weights(self) -> Mapping[str, float]:
         return {"correct": 1.0}
 
-    async def score(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[Mapping[str, float | None]]:
+    async def score(
+        self, prompt: Prompt, completions: Sequence[str], *, completion_ids: Sequence[Sequence[int]] | None = None
+    ) -> Sequence[Mapping[str, float | None]]:
         """{"correct": 1 or 0} for each completion."""
         right = prompt.columns["answer"]
         return [{"correct": float(final_answer(completion) == right)} for completion in completions]
