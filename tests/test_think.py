@@ -203,7 +203,7 @@ def test_every_word_of_the_recipe_is_in_its_key():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_base_learns(tmp_path, seed):
-    """Under the trained prefix it forks about 2 times in 100; it is right 1 in 10 directly, and almost always thinking."""
+    """Under the trained prefix it forks about 2 times in 100; directly it is right 1 in 10, thinking almost always."""
     make_base(tmp_path, seed=seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = ThinkTask(train_prompts=1).prompts("eval")

@@ -298,6 +298,10 @@ class RewardFunction:
             raise ConfigError(f"reward {self.name}: weight is {self.weight}; use a finite number")
         if not self.timeout_s > 0:
             raise ConfigError(f"reward {self.name}: timeout_s is {self.timeout_s}; use a positive number of seconds")
+        try:
+            inspect.signature(self.function)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"reward {self.name}: {error}; wrap it in a Python function") from error
         by_position = [p.name for p in self._parameters if p.kind is p.POSITIONAL_ONLY]
         if by_position:
             raise ConfigError(
@@ -381,7 +385,7 @@ def _in_thread(function: Callable[[], Any], name: str) -> Awaitable[Any]:
             failure.__cause__ = error
         except Exception as error:
             failure = error
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=work, name=name, daemon=True).start()
