@@ -1,8 +1,8 @@
-"""One self-contained HTML file for one run or several: data, charts, token inspector, configs. Opens offline from disk.
+"""One self-contained HTML file for one run or several: charts, token inspector, configs. Opens offline from disk.
 
-The page is plain ES modules (`assets/*.js`), inlined through an import map of data: URLs, so that there is no build step
-and the files here are what the browser runs. Charts are uPlot's (MIT, 51 kB, vendored in `assets/` with its licence): a
-page that every run writes must not need an extra package, and plotly's bundle alone would be a hundred times larger.
+The page is plain ES modules (`assets/*.js`), inlined through an import map of data: URLs, so that there is no build
+step and the files here are what the browser runs. Charts are uPlot's (MIT, 51 kB, vendored in `assets/` with its
+licence): a page that every run writes must not need an extra package, and plotly's bundle is a hundred times larger.
 Everything that a run wrote (prompts, completions, names) reaches the page as JSON with `<` escaped, and the document
 through `textContent` only; the page's content security policy forbids every connection.
 
@@ -27,6 +27,7 @@ from cispo import metrics as metric_names
 from cispo.report.forecast import Forecast
 from cispo.report.runs import Run, find_runs, flatten, recipes
 from cispo.report.tokens import ForkCounter, choose_steps, encode_step, read_lines
+from cispo.tasks.think import EVAL_PROMPTS
 
 MODULES = ("format", "dom", "objectives", "colour", "data", "charts", "forks", "inspector", "curves", "configs", "main")
 """The page's ES modules, imported as `cispo/NAME`."""
@@ -77,7 +78,7 @@ def write_page(
 
 
 def page_data(runs: Sequence[Run], *, live: bool = False) -> dict[str, Any]:
-    """What the page reads (`assets/data.js` documents the shape). Live pages fetch their steps as they are looked at."""
+    """What the page reads (`assets/data.js` documents the shape). A live page fetches steps as they are looked at."""
     groups = recipes(runs)
     index = {id(run): i for i, run in enumerate(runs)}
     return {
@@ -98,6 +99,7 @@ def run_data(run: Run, *, share: float = 1.0, live: bool = False) -> dict[str, A
         "seed": run.seed,
         "config": dict(flatten(run.config)),
         "objective": objective(run),
+        "held_out": held_out(run),
         "steps": {},
     }
     if live:
@@ -118,15 +120,15 @@ def run_data(run: Run, *, share: float = 1.0, live: bool = False) -> dict[str, A
             continue
         forks.add(step, lines)
         if step in inspected and lines:
-            encoded = encode_step(lines, token_budget=int(TOKEN_BUDGET * share / len(inspected)))
+            encoded = encode_step(lines, data["objective"], token_budget=int(TOKEN_BUDGET * share / len(inspected)))
             left_out += len(encoded["groups"]) < encoded["groups_of"]
             data["steps"][str(step)] = encoded
     if chosen.note:
         notes.append(f"Fork tokens: {chosen.note}")
     if len(inspected) < len(files):
         notes.append(
-            f"Inspector: {len(inspected)} of {len(files)} steps are in this page, evenly spaced, the first and the last "
-            "among them; `cispo watch` shows every step."
+            f"Inspector: {len(inspected)} of {len(files)} steps are in this page, evenly spaced, the first and the "
+            "last among them; `cispo watch` shows every step."
         )
     if left_out:
         notes.append(f"Inspector: at {left_out} step(s) only some groups are in this page, evenly spaced.")
@@ -140,6 +142,16 @@ def objective(run: Run) -> Mapping[str, Any]:
     algorithm = run.config.get("algorithm")
     section = algorithm.get("objective") if isinstance(algorithm, Mapping) else None
     return section if isinstance(section, Mapping) and "type" in section else {"type": "cispo"}
+
+
+def held_out(run: Run) -> int | None:
+    """Completions of one held-out evaluation, where the config says how many; for the band of its accuracy."""
+    evaluation, task = run.config.get("eval"), run.config.get("task")
+    if not isinstance(evaluation, Mapping) or not isinstance(task, Mapping):
+        return None
+    prompts = [evaluation.get("max_prompts"), EVAL_PROMPTS if task.get("type") == "think" else None]
+    known = [n for n in prompts if isinstance(n, int)]
+    return min(known) * int(evaluation.get("samples_per_prompt") or 1) if known else None
 
 
 def thin(lines: Sequence[Mapping[str, Any]], budget: int) -> tuple[list[dict[str, Any]], str]:

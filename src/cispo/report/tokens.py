@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import ValidationError
 
+from cispo import objectives
+from cispo.config import AlgorithmConfig
+from cispo.types import ConfigError
+
+DRAWN = ("cispo", "ppo_clip", "importance_sampling", "reinforce")
+"""Objectives that the page computes itself (`assets/objectives.js`); the pushes of others travel with the tokens."""
 PPO = {"type": "ppo_clip", "clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 """PPO's and GRPO's usual clip, what `clip/ppo_silenced` counts too."""
 START = -1
@@ -30,31 +38,39 @@ Array = np.ndarray
 # ---------------------------------------------------------------------------------------------------------- formulas
 
 
-def push(objective: Mapping[str, Any], ratio_N: Array, advantages_N: Array, weights_N: Array) -> Array:
-    """−∂(weight·loss)/∂log π of N tokens: positive where the update raises the token's probability.
+def pusher(objective: Mapping[str, Any]) -> Callable[[Array, Array, Array, Array, Array], Array] | None:
+    """A function of (log μ, log π, A, w, row), each [N], to the pushes −∂(w·loss)/∂log π [N] under an objective.
 
-    The derivatives of `objectives.py`'s formulas, as the config names them: CISPO clip(r)·A·w (MiniMax-M1 eq. 4, mask M
-    of eq. 6–7); PPO r·A·w, and 0 where the clip is active (arXiv:1707.06347 eq. 7); importance sampling r·A·w;
-    REINFORCE A·w. An objective of another name gives NaN: it is not known here.
+    By autograd through the objective itself, so that this cannot disagree with training; float64. None where the
+    section is not an objective of this version, or reads columns that rollout files do not have (a reference model).
     """
-    r, A = ratio_N, advantages_N
-    match objective.get("type"):
-        case "cispo":
-            low, high = objective.get("clip_low_threshold", 0.0), objective.get("clip_high_threshold", 4.0)
-            below, above = objective.get("mask_low_threshold"), objective.get("mask_high_threshold")
-            masked = ((A > 0) & (r > (np.inf if above is None else above))) | ((A < 0) & (r < (below or 0.0)))
-            return np.where(masked, 0.0, np.clip(r, low, high) * A * weights_N)
-        case "ppo_clip":
-            dual = objective.get("dual_clip")
-            cut = silenced(r, A, objective.get("clip_low_threshold", 0.8), objective.get("clip_high_threshold", 1.2))
-            if dual is not None:
-                cut |= (A < 0) & (r > dual)
-            return np.where(cut, 0.0, r * A * weights_N)
-        case "importance_sampling":
-            return r * A * weights_N
-        case "reinforce":
-            return A * weights_N
-    return np.full(len(r), np.nan)
+    try:
+        bound = objectives.bind(AlgorithmConfig(objective=objective))
+    except (ValidationError, ConfigError):
+        return None
+    known = {"anchor_logprobs", "advantages", "sampler_logprobs", "rows"}
+    if not set(bound.columns) <= known:
+        return None
+
+    def push(sampler_N: Array, logprobs_N: Array, advantages_N: Array, weights_N: Array, rows_N: Array) -> Array:
+        out = np.zeros(len(sampler_N))
+        seen = np.isfinite(sampler_N) & np.isfinite(logprobs_N) & np.isfinite(advantages_N) & np.isfinite(weights_N)
+        if not seen.any():
+            return out
+        sampler = torch.from_numpy(sampler_N[seen])
+        logprobs = torch.from_numpy(logprobs_N[seen]).requires_grad_()
+        columns = {
+            "anchor_logprobs": sampler,
+            "sampler_logprobs": sampler,
+            "advantages": torch.from_numpy(advantages_N[seen]),
+            "rows": torch.from_numpy(np.unique(rows_N[seen], return_inverse=True)[1]),
+        }
+        loss = bound.loss(logprobs, **{name: columns[name] for name in bound.columns})
+        (gradient,) = torch.autograd.grad((loss * torch.from_numpy(weights_N[seen])).sum(), logprobs)
+        out[seen] = -gradient.numpy()
+        return out
+
+    return push
 
 
 def silenced(ratio_N: Array, advantages_N: Array, low: float = 0.8, high: float = 1.2) -> Array:
@@ -117,14 +133,18 @@ class Chosen:
     def note(self) -> str:
         if len(self.steps) == self.of:
             return ""
-        return f"{len(self.steps)} of {self.of} rollout files are shown, evenly spaced, the first and the last among them."
+        return (
+            f"{len(self.steps)} of {self.of} rollout files are shown, evenly spaced, the first and the last among them."
+        )
 
 
 def choose_steps(files: Mapping[int, Path], *, most: int, most_bytes: int) -> Chosen:
-    """At most `most` steps, and no more than about `most_bytes` to read; the first and the last are always among them."""
+    """At most `most` steps, and about `most_bytes` to read; the first and the last are always among them."""
     steps = sorted(files)
     if steps:
-        typical = max(1, int(np.median([files[s].stat().st_size for s in (steps[0], steps[len(steps) // 2], steps[-1])])))
+        typical = max(
+            1, int(np.median([files[s].stat().st_size for s in (steps[0], steps[len(steps) // 2], steps[-1])]))
+        )
         most = max(2, min(most, most_bytes // typical))
     return Chosen({s: files[s] for s in spread(steps, most)}, len(steps))
 
@@ -139,11 +159,12 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_step(lines: Sequence[Line], *, token_budget: int) -> dict[str, Any]:
+def encode_step(lines: Sequence[Line], objective: Mapping[str, Any], *, token_budget: int) -> dict[str, Any]:
     """One step for the page: groups of completions, token columns as base64 of little-endian arrays.
 
     `pieces` is the step's table of token texts, to which a completion's `t` (uint32) points; `s`, `l`, `e` are float32
-    log μ, log π and entropy, null where nothing is known; `w` and `v` are one number where all tokens agree.
+    log μ, log π and entropy, null where nothing is known; `w` and `v` are one number where all tokens agree; `g` is the
+    push under an objective that the page does not compute.
     Whole groups are left out, evenly spaced, where the step has more than `token_budget` tokens.
     """
     groups: dict[Any, list[Line]] = {}
@@ -151,6 +172,7 @@ def encode_step(lines: Sequence[Line], *, token_budget: int) -> dict[str, Any]:
         groups.setdefault(line.head.get("admission", line.head.get("prompt_id")), []).append(line)
     per_group = sum(len(line.ids) for line in lines) / max(1, len(groups))
     kept = spread(list(groups), max(1, int(token_budget // max(1.0, per_group))))
+    push = None if objective.get("type") in DRAWN else pusher(objective)
     table: dict[str, int] = {}
     shown = []
     for admission in kept:
@@ -160,22 +182,32 @@ def encode_step(lines: Sequence[Line], *, token_budget: int) -> dict[str, Any]:
                 "admission": head.get("admission"),
                 "prompt_id": head.get("prompt_id"),
                 "prompt": head.get("prompt"),
-                "completions": [_encode(line, table) for line in groups[admission]],
+                "completions": [_encode(line, table, push) for line in groups[admission]],
             }
         )
     return {"pieces": list(table), "groups": shown, "groups_of": len(groups)}
 
 
-def _encode(line: Line, table: dict[str, int]) -> dict[str, Any]:
+def _encode(line: Line, table: dict[str, int], push: Callable[..., Array] | None) -> dict[str, Any]:
+    n = len(line.ids)
+    given = {"g": _floats(push(*_of(line), np.zeros(n)))} if push and n else {}
     keys = ("sample", "reward", "rewards", "correct", "advantage", "truncated", "trained", "version", "update")
-    return {key: line.head.get(key) for key in keys} | {
-        "t": _base64(np.array([table.setdefault(piece, len(table)) for piece in line.pieces], "<u4")),
-        "s": _floats(line.sampler),
-        "l": _floats(line.logprobs),
-        "e": _floats(line.entropy),
-        "w": _constant(line.weights),
-        "v": _constant(line.versions),
-    }
+    return (
+        {key: line.head.get(key) for key in keys}
+        | {
+            "t": _base64(np.array([table.setdefault(piece, len(table)) for piece in line.pieces], "<u4")),
+            "s": _floats(line.sampler),
+            "l": _floats(line.logprobs),
+            "e": _floats(line.entropy),
+            "w": _constant(line.weights),
+            "v": _constant(line.versions),
+        }
+        | given
+    )
+
+
+def _of(line: Line) -> tuple[Array, Array, Array, Array]:
+    return line.sampler, line.logprobs, np.full(len(line.ids), line.advantage), line.weights
 
 
 def _base64(values: Array) -> str:
@@ -204,7 +236,8 @@ class ForkCounter:
     """
 
     def __init__(self, objective: Mapping[str, Any]) -> None:
-        self._objective = objective
+        self._push = pusher(objective)
+        self._ppo = pusher(PPO)
         self._pieces: dict[int, str] = {}
         self._steps: list[dict[str, Any]] = []
 
@@ -216,9 +249,9 @@ class ForkCounter:
             self._pieces.update(zip(line.ids.tolist(), line.pieces))
         ids = np.concatenate([line.ids for line in lines])
         before = np.concatenate([np.concatenate([[START], line.ids[:-1]]) for line in lines])
-        A = np.concatenate([np.full(len(line.ids), line.advantage) for line in lines])
-        r = np.exp(np.concatenate([line.logprobs - line.sampler for line in lines]))
-        w = np.concatenate([line.weights for line in lines])
+        sampler, logprobs, A, w = (np.concatenate(column) for column in zip(*(_of(line) for line in lines)))
+        rows = np.repeat(np.arange(len(lines)), [len(line.ids) for line in lines])
+        r = np.exp(logprobs - sampler)
         trained = np.isfinite(r) & np.isfinite(A) & np.isfinite(w) & (A != 0)
         pairs, at = np.unique(np.stack([before, ids]), axis=1, return_inverse=True)
         at = at.reshape(-1)
@@ -226,14 +259,15 @@ class ForkCounter:
         def total(values: Array) -> Array:
             return np.bincount(at, np.where(trained, values, 0.0), minlength=pairs.shape[1])
 
+        got = self._push(sampler, logprobs, A, w, rows) if self._push else np.full(len(ids), np.nan)
         with np.errstate(invalid="ignore"):
             self._steps.append(
                 {
                     "step": step,
                     "pairs": [tuple(pair) for pair in pairs.T.tolist()],
                     "count": np.bincount(at, minlength=pairs.shape[1]),
-                    "got": total(push(self._objective, r, A, w)),
-                    "ppo": total(push(PPO, r, A, w)),
+                    "got": total(got),
+                    "ppo": total(self._ppo(sampler, logprobs, A, w, rows)),
                     "raised": total(((A > 0) * w != 0).astype(float)),
                     "silenced": total((silenced(r, A) & (w != 0)).astype(float)),
                     "trained": total((w != 0).astype(float)),

@@ -7,7 +7,7 @@ import { number } from "cispo/format";
 
 /* global uPlot */
 /** @typedef {import("cispo/data").Data} Data */
-/** @typedef {{label: string, color: string, dash?: number[], y: (number | null)[], low?: (number | null)[], high?: (number | null)[]}} Line */
+/** @typedef {{label: string, color: string, width?: number, dash?: number[], y: (number | null)[], low?: (number | null)[], high?: (number | null)[]}} Line */
 /** @typedef {{title: string, note?: string, x: number[], lines: Line[], log?: boolean, xLabel?: string, logX?: boolean, range?: [number, number],
  *   marks?: {y: number, label: string}[], points?: boolean}} Spec */
 
@@ -89,7 +89,7 @@ function options(spec, width) {
   const few = spec.x.length <= 60;
   for (const l of spec.lines) {
     series.push({
-      label: l.label, stroke: l.color, width: 2, dash: l.dash, spanGaps: true, points: { show: few, size: 4, fill: l.color },
+      label: l.label, stroke: l.color, width: l.width ?? 2, dash: l.dash, spanGaps: true, points: { show: few, size: 4, fill: l.color },
       value: (/** @type {any} */ _, /** @type {number | null} */ v) => number(v),
     });
     if (l.low && l.high) {
@@ -105,10 +105,12 @@ function options(spec, width) {
     width, height: 200, series, bands,
     scales: {
       x: { time: false, distr: spec.logX ? 3 : 1 },
-      y: spec.log ? { distr: 3 } : { range: spec.range ? () => spec.range : undefined },
+      // uPlot's own range of a constant 0 is 0 to 100
+      y: spec.log ? { distr: 3 } : { range: (/** @type {any} */ u, /** @type {number} */ low, /** @type {number} */ high) =>
+        spec.range ?? (low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) },
     },
     axes: [
-      { ...axis, values: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v))) },
+      { ...axis, size: 30, values: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v))) },
       { ...axis, size: 54, values: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v))) },
     ],
     legend: { live: true, markers: { width: 2 } },
@@ -120,6 +122,7 @@ function options(spec, width) {
         ctx.strokeStyle = ink;
         ctx.fillStyle = ink;
         ctx.setLineDash([4, 4]);
+        ctx.textAlign = "left";
         ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
         for (const mark of marks) {
           const y = u.valToPos(mark.y, "y", true);

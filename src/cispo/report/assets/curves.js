@@ -15,22 +15,15 @@ export function wilson(p, n) {
   return [Math.max(0, middle - half), Math.min(1, middle + half)];
 }
 
-/** @param {Run} run how many held-out completions one evaluation has, where the config says */
-function evaluated(run) {
-  const c = run.config, prompts = c["eval.max_prompts"] ?? c["task.eval_prompts"];
-  return prompts ? prompts * (c["eval.samples_per_prompt"] ?? 1) : null;
-}
-
 /** @param {Data} data */
 export function headline(data) {
   const one = data.recipes.length > 1;
   const seeds = data.runs.length > data.recipes.length;
   const band = seeds ? "band: 95 % over seeds" : "band: 95 % by the number of completions";
   return h("div", { class: "charts two" },
-    chart({ title: "Held-out accuracy", note: band, range: [0, 1],
+    chart({ title: "Held-out accuracy", note: band, range: [0, 1.02],
       ...lines(data, one ? [["eval/accuracy", "accuracy"]] : [["eval/accuracy", "accuracy"], ...passes(data)], (run, row) => {
-        const n = evaluated(run);
-        return n ? wilson(row["eval/accuracy"], n) : null;
+        return run.held_out ? wilson(row["eval/accuracy"], run.held_out) : null;
       }) }),
     chart({ title: "Reward in training", note: band,
       ...lines(data, [["reward/mean", "mean reward"]], (run, row) => {
@@ -63,7 +56,7 @@ export function curves(data) {
       chart({ title: "Above the cap", note: "share of tokens, by sign of advantage", ...lines(data, [["clip/above_positive", "A > 0"], ["clip/above_negative", "A < 0"]]) }),
       chart({ title: "Below the floor", note: "share of tokens, by sign of advantage", ...lines(data, [["clip/below_positive", "A > 0"], ["clip/below_negative", "A < 0"]]) }),
       chart({ title: "What PPO's 0.8 – 1.2 would have silenced", note: "share of trained tokens", ...lines(data, [["clip/ppo_silenced", "silenced"]]) }),
-      chart({ title: "First and last update of a step", note: "log scale", log: true, ...lines(data, [["ratio/first_update_max", "max, first"], ["ratio/last_update_max", "max, last"], ["ratio/last_update_mean", "mean, last"]]) }),
+      chart({ title: "First and last update of a step", note: "ratio, log scale", log: true, ...lines(data, [["ratio/first_update_max", "max, first"], ["ratio/last_update_max", "max, last"], ["ratio/last_update_mean", "mean, last"]]) }),
       chart({ title: "Effective sample size", note: "of the clipped weights, a share of all tokens", range: [0, 1.02], ...lines(data, [["ess", "ESS"]]) }),
     ]],
     ["Stability", [

@@ -2,7 +2,7 @@
 // @ts-check
 
 /**
- * @typedef {{name: string, seed: number | null, config: Record<string, any>, objective: import("cispo/objectives").Objective,
+ * @typedef {{name: string, seed: number | null, config: Record<string, any>, objective: import("cispo/objectives").Objective, held_out: number | null,
  *   lines: Record<string, any>[], rollouts: number[], notes: string[], forks: Forks | null, steps: Record<string, any>}} Run
  * @typedef {{steps: number[], forks: Fork[]}} Forks
  * @typedef {{before: string | null, token: string, first: number, last: number, count: number, series: (number | null)[],
@@ -12,7 +12,7 @@
  *   forecast?: any, comparison?: any}} Data
  * @typedef {{sample: number, reward: number | null, rewards: Record<string, number | null>, correct: boolean,
  *   advantage: number | null, truncated: boolean, trained: boolean, version: number, update: number | null,
- *   tokens: Uint32Array, sampler: Float32Array, logprobs: Float32Array | null, entropy: Float32Array | null,
+ *   tokens: Uint32Array, sampler: Float32Array, logprobs: Float32Array | null, entropy: Float32Array | null, given: Float32Array | null,
  *   weightOf: (i: number) => number, versionOf: (i: number) => number}} Completion
  * @typedef {{admission: number, prompt_id: string, prompt: any, completions: Completion[]}} Group
  * @typedef {{pieces: string[], groups: Group[], groups_of: number}} Step
@@ -57,6 +57,7 @@ function completion(c) {
     sampler: floats(c.s) ?? new Float32Array(0),
     logprobs: floats(c.l),
     entropy: floats(c.e),
+    given: floats(c.g ?? null), // −∂(w·loss)/∂log π where objectives.js does not know the run's objective
     weightOf: reader(c.w),
     versionOf: reader(c.v),
   };

@@ -21,8 +21,8 @@ export function forksView(run, show) {
   const plot = chart({
     title: "Probability of the token, given the one before",
     x: found.steps,
-    range: [0, 1],
-    lines: top.map((f, i) => ({ label: name(f), color: line(i), y: f.series })),
+    range: [0, 1.02],
+    lines: top.map((f, i) => ({ label: name(f), color: line(i), width: i === 0 ? 3 : 1.5, y: f.series })),
   });
   const rows = found.forks.map((f, i) => {
     const open = h("button", { type: "button", class: "link", title: "Show in the inspector", onclick: () => show(f, firstStep(found.steps, f)) }, chip(f.before, true), chip(f.token));

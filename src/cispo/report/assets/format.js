@@ -19,6 +19,11 @@ function trim(x) {
   return text.includes(".") && !text.includes("e") ? text.replace(/\.?0+$/, "") : text;
 }
 
+/** @param {number} x @returns {string} about two significant digits */
+export function rough(x) {
+  return Math.abs(x) >= 100 || x === 0 ? number(x) : String(Number(x.toPrecision(2)));
+}
+
 /** @param {number | null | undefined} x a share @returns {string} */
 export function percent(x) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";

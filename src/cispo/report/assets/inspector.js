@@ -49,13 +49,16 @@ export class Inspector {
     this.prompt = h("div", { class: "prompt" });
     this.cards = h("div", { class: "cards" });
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
-    this.element.append(this.controls, this.map, this.summary, this.legend, this.prompt, this.cards, this.tip);
+    const overview = h("div", { class: "overview" }, this.map, h("div", {}, this.summary, this.legend));
+    this.element.append(this.controls, overview, this.prompt, this.cards, this.tip);
     this.cards.addEventListener("mouseover", (e) => this.#hover(e));
     this.cards.addEventListener("click", (e) => this.#hover(e));
     this.cards.addEventListener("mouseleave", () => (this.tip.hidden = true));
     this.cards.addEventListener("keydown", (e) => this.#key(e));
-    const first = data.runs.findIndex((r) => r.rollouts.length > 0);
-    this.choose(Math.max(0, first));
+    const first = Math.max(0, data.runs.findIndex((r) => r.rollouts.length > 0));
+    this.step = mostSilenced(data.runs[first]);
+    const fork = data.runs[first].forks?.forks[0];
+    this.choose(first).then(() => fork && this.open(this.step, fork));
   }
 
   get objectiveNow() {
@@ -95,8 +98,6 @@ export class Inspector {
     }
     if (fork) {
       this.fork = fork;
-      this.colour = "surprise";
-      this.#controls();
       const counts = this.shown.groups.map((g) => g.completions.filter((c) => this.#hasFork(c)).length);
       this.group = counts.indexOf(Math.max(...counts));
     }
@@ -219,6 +220,7 @@ export class Inspector {
   // ------------------------------------------------------------------------------------------------ what a step lost
 
   #summary() {
+    const unknown = Number.isNaN(weight(this.objectiveNow, 1, 1));
     const step = /** @type {Step} */ (this.shown);
     let tokens = 0, trained = 0, cut = 0, force = 0, lost = 0;
     this.largest = 0;
@@ -240,7 +242,9 @@ export class Inspector {
       }
     const silent = step.groups.flatMap((g) => g.completions).reduce((n, c) => n + countSilenced(c), 0);
     const what = trained
-      ? `${number(trained)} of ${number(tokens)} tokens are trained (the others' advantage is 0). ` +
+      ? unknown && !this.largest
+        ? `The gradient under ${describe(this.objectiveNow)} is not known here; PPO's 0.8 – 1.2 would silence ${number(silent)} of ${number(trained)} trained tokens.`
+        : `${number(trained)} of ${number(tokens)} tokens are trained (the others' advantage is 0). ` +
         `${describe(this.objectiveNow)} silences ${number(cut)} of them (${percent(cut / trained)}, ${percent(force ? lost / force : 0)} of the unclipped gradient); ` +
         `PPO's 0.8 – 1.2 would silence ${number(silent)}.`
       : `No token of this step was trained: every group's rewards are all equal.`;
@@ -251,10 +255,9 @@ export class Inspector {
     const c = COLOURS[this.colour];
     const stops = Array.from({ length: 9 }, (_, i) => (c.two ? diverging(-1 + i / 4) : sequential(i / 8)));
     fill(this.legend,
-      h("span", {}, c.low), h("span", { class: "ramp", style: `background:linear-gradient(90deg, ${stops.join(",")})` }), h("span", {}, c.high),
-      h("span", {}, h("span", { class: "t silenced" }, "outlined"), " PPO's clip 0.8 – 1.2 would have silenced it"),
-      h("span", {}, h("span", { class: "t cut" }, "struck"), " silenced under the chosen objective"),
-      h("span", { class: "muted" }, c.meaning));
+      h("div", {}, c.low, h("span", { class: "ramp", style: `background:linear-gradient(90deg, ${stops.join(",")})` }), c.high),
+      h("div", { class: "muted" }, c.meaning),
+      h("div", {}, h("span", { class: "t silenced" }, "outlined"), " PPO's clip 0.8 – 1.2 would have silenced it ", h("span", { class: "t cut" }, "struck"), " silenced under the chosen objective"));
   }
 
   // ------------------------------------------------------------------------------------------------------- one group
@@ -281,9 +284,9 @@ export class Inspector {
       h("header", {}, h("strong", {}, `#${c.sample}`), ...badges),
       h("dl", {},
         h("dt", {}, "reward"), h("dd", { title: more.map(([k, v]) => `${k}: ${number(v)}`).join("\n") }, number(c.reward)),
-        h("dt", {}, "advantage"), h("dd", {}, c.advantage === null ? "–" : (c.advantage > 0 ? "+" : "") + number(c.advantage)),
+        h("dt", { title: "advantage" }, "adv."), h("dd", {}, c.advantage === null ? "–" : (c.advantage > 0 ? "+" : "") + number(c.advantage)),
         h("dt", {}, "tokens"), h("dd", {}, c.tokens.length),
-        h("dt", {}, "update"), h("dd", {}, c.update ?? "–")),
+        h("dt", { title: "the optimizer update of the step that trained it first" }, "update"), h("dd", {}, c.update ?? "–")),
       body);
   }
 
@@ -308,7 +311,8 @@ export class Inspector {
   token(c, i) {
     const r = ratio(c, i), advantage = c.advantage ?? NaN, reduction = c.weightOf(i);
     const trained = c.trained && Number.isFinite(r) && advantage !== 0 && !(reduction === 0);
-    const w = weight(this.objectiveNow, r, advantage);
+    const given = this.objective === "own" && c.given ? c.given[i] : NaN;
+    const w = Number.isNaN(given) ? weight(this.objectiveNow, r, advantage) : given / (advantage * reduction);
     return {
       ratio: r, advantage, reduction, trained, weight: w, push: trained ? w * advantage * reduction : 0,
       sampler: c.sampler[i], logprob: c.logprobs ? c.logprobs[i] : NaN, entropy: c.entropy ? c.entropy[i] : NaN,
@@ -394,6 +398,14 @@ export class Inspector {
     this.tip.style.left = `${Math.max(0, Math.min(at.left - frame.left, frame.width - width))}px`;
     this.tip.style.top = `${below ? at.bottom - frame.top + 6 : at.top - frame.top - height - 6}px`;
   }
+}
+
+/** The step of a run at which PPO's clip would have silenced the most. @param {import("cispo/data").Run} run */
+function mostSilenced(run) {
+  let best = run.rollouts[0] ?? 0, most = -1;
+  for (const l of run.lines)
+    if ((l["clip/ppo_silenced"] ?? 0) > most && run.rollouts.includes(l.step)) [best, most] = [l.step, l["clip/ppo_silenced"]];
+  return best;
 }
 
 /** @param {Completion} c */

@@ -5,7 +5,7 @@ import { configsView } from "cispo/configs";
 import { comparisonView, curves, forecastView, headline } from "cispo/curves";
 import { follow, load } from "cispo/data";
 import { fill, h, select } from "cispo/dom";
-import { duration, number, percent } from "cispo/format";
+import { duration, number, percent, rough } from "cispo/format";
 import { forksView } from "cispo/forks";
 import { Inspector } from "cispo/inspector";
 import { describe } from "cispo/objectives";
@@ -98,9 +98,9 @@ function headTiles(data) {
   const worst = lines.reduce((a, l) => Math.max(a, l["clip/ppo_silenced"] ?? 0), 0);
   return [
     arrow("held-out accuracy", "eval/accuracy", percent),
-    arrow("reward", "reward/mean", number),
-    arrow("entropy", "policy/entropy", number),
-    h("div", { class: "tile" }, h("span", { class: "muted" }, "PPO would have silenced, at most"), h("b", {}, percent(worst), h("small", {}, " of a step's tokens"))),
+    arrow("reward", "reward/mean", rough),
+    arrow("entropy", "policy/entropy", rough),
+    h("div", { class: "tile" }, h("span", { class: "muted" }, "PPO would silence up to"), h("b", {}, percent(worst), h("small", {}, " of a step's tokens"))),
     h("div", { class: "tile" }, h("span", { class: "muted" }, "steps"), h("b", {}, `${last.step ?? 0}${steps ? ` of ${steps}` : ""}`)),
     h("div", { class: "tile" }, h("span", { class: "muted" }, "time, tokens"), h("b", {}, `${duration(wall)}, ${number(last["tokens/total"])}`)),
   ];

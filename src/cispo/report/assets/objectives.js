@@ -1,9 +1,10 @@
-// What an objective does to one token, given its importance ratio r = π/μ and advantage A. The same formulas as
-// report/tokens.py, which cites them; a test holds both to autograd.
+// What an objective does to one token, given its importance ratio r = π/μ and advantage A: the derivatives of
+// objectives.py's formulas, which cites them. A test holds these to autograd of those.
 // @ts-check
 
 /** @typedef {{type: string, clip_low_threshold?: number | null, clip_high_threshold?: number | null,
- *   mask_low_threshold?: number | null, mask_high_threshold?: number | null, dual_clip?: number | null}} Objective */
+ *   mask_low_threshold?: number | null, mask_high_threshold?: number | null, dual_clip?: number | null,
+ *   negative_clip_low_threshold?: number | null, negative_clip_high_threshold?: number | null}} Objective */
 
 /** @type {Record<string, Objective>} */
 export const KNOWN = {
@@ -19,14 +20,17 @@ export function silenced(r, A, low = 0.8, high = 1.2) {
 
 /**
  * The weight on A·∇log π: clip(r) under CISPO, r or 0 under PPO.
- * @param {Objective} objective @param {number} r @param {number} A @returns {number} NaN for an unknown objective
+ * @param {Objective} objective @param {number} r @param {number} A @returns {number} NaN for an objective that is
+ * not written here: its gradient then comes with the data (`Completion.given`)
  */
 export function weight(objective, r, A) {
   const low = objective.clip_low_threshold, high = objective.clip_high_threshold;
   switch (objective.type) {
     case "cispo": {
       const masked = silenced(r, A, objective.mask_low_threshold ?? 0, objective.mask_high_threshold ?? Infinity);
-      return masked ? 0 : Math.min(Math.max(r, low ?? 0), high ?? 4);
+      if (masked) return 0;
+      if (A < 0) return Math.min(Math.max(r, objective.negative_clip_low_threshold ?? low ?? 0), objective.negative_clip_high_threshold ?? high ?? 4);
+      return Math.min(Math.max(r, low ?? 0), high ?? 4);
     }
     case "ppo_clip": {
       const dual = objective.dual_clip;
