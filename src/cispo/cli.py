@@ -154,6 +154,7 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
     )
     rollouts = Rollouts(
         config=config.rollout,
+        asynchrony=config.asynchrony,
         task=task,
         sampler=sampler,
         tokenizer=loaded.tokenizer,
@@ -356,6 +357,7 @@ def run_eval(words: list[str], console: Console) -> int:
     )
     rollouts = Rollouts(
         config=config.rollout,
+        asynchrony=config.asynchrony,
         task=task,
         sampler=sampler,
         tokenizer=loaded.tokenizer,

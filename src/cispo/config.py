@@ -469,6 +469,20 @@ class OptimizerConfig(Section):
 class AsyncConfig(Section):
     max_staleness: NonNegativeInt = 0
     """How many RL steps the policy that wrote a token may be behind the one that trains on it. 0: synchronous."""
+    sampler: Literal["inline", "process"] | None = None
+    """Where the local sampler runs: in turn with the learner, on its weights; or beside it, in a process of its own
+    with a copy of them. None: inline when synchronous, process when not."""
+    sampler_threads: PositiveInt = 1
+    """CPU threads of the sampler's own process."""
+    in_flight_weight_updates: bool = True
+    """A completion in flight goes on under the new weights (its tokens know which wrote them). False: it is finished
+    first (drain)."""
+    recompute_kv: bool = False
+    """With in-flight updates: compute the keys and values of what is in flight again, instead of keeping stale ones."""
+    straggler_timeout_s: Positive | None = None
+    """A group that is still being sampled after this long is dropped, its slot given back, counted and logged."""
+    watchdog_s: Positive = 1800.0
+    """The run ends with an error when what it waits for makes no progress for this long."""
 
 
 class EvalConfig(Section):

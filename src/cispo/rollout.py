@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import statistics
 import threading
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from cispo.buffer import Buffer
-from cispo.config import RolloutConfig
+from cispo.config import AsyncConfig, RolloutConfig
 from cispo.types import (
     Completion,
     DataError,
@@ -36,6 +38,8 @@ from cispo.types import (
     Task,
     Trajectory,
 )
+
+log = logging.getLogger(__name__)
 
 CORRECT = 0.5
 """A completion whose first reward function gives at least this much counts as correct."""
@@ -159,6 +163,7 @@ class StepCounts:
 
     dropped_groups: int = 0
     resampled: int = 0
+    stragglers: int = 0
 
 
 class Rollouts:
@@ -168,6 +173,7 @@ class Rollouts:
         self,
         *,
         config: RolloutConfig,
+        asynchrony: AsyncConfig,
         task: Task,
         sampler: Sampler,
         tokenizer: Any,
@@ -184,32 +190,67 @@ class Rollouts:
         self.cursor = cursor
         self.counts = StepCounts()
         self.open: dict[int, tuple[Prompt, int]] = {}
+        self._started: dict[int, float] = {}
+        self._eager = asynchrony.max_staleness > 0
+        self._straggler_timeout_s = asynchrony.straggler_timeout_s
         self._params = sampling_params(config)
         self._scoring: dict[int, Future[Group]] = {}
         self._scorer = ScoringLoop()
 
-    def advance(self, version: int) -> None:
+    def advance(self, version: int, *, wait: bool = True) -> bool:
         """One turn: admit what may be admitted, let the sampler work, score what finished, keep what was scored.
 
-        Scores are collected once the sampler is idle, in order of admission, so that which groups are sampled again
-        does not depend on timing.
+        wait: without it, only what has already finished is collected. Returns whether anything moved. Synchronous
+        training collects scores once the sampler is idle, in order of admission, so that which groups are sampled again
+        does not depend on timing; asynchronous training collects them as they come.
         """
+        moved = False
         while self.buffer.admissible(version) > 0:
             prompt = self.cursor.next()
             self.admit(self.buffer.admit(version), prompt, version)
-        for result in self._sampler.poll():
+            moved = True
+        for result in self._sampler.poll(wait=wait):
             self._score(result)
-        if not self._sampler.pending:
-            for number in sorted(self._scoring):
-                self._keep(self._scoring.pop(number).result())
+            moved = True
+        for number in sorted(self._scoring):
+            if self._eager and not self._scoring[number].done():
+                continue
+            if not self._eager and (self._sampler.pending or not wait):
+                break
+            self._keep(self._scoring.pop(number).result())
+            moved = True
+        return self._drop_stragglers() or moved
+
+    def _drop_stragglers(self) -> bool:
+        """Give up groups that have been sampled for too long; none is starved in silence."""
+        if self._straggler_timeout_s is None:
+            return False
+        late = time.monotonic() - self._straggler_timeout_s
+        stragglers = [n for n, start in self._started.items() if start < late and n not in self._scoring]
+        for number in stragglers:
+            prompt, _ = self.open.pop(number)
+            del self._started[number]
+            self._sampler.cancel(number)
+            self.buffer.drop(number)
+            self.counts.dropped_groups += 1
+            self.counts.stragglers += 1
+            log.warning(
+                "prompt %s was still being sampled after %g s (async.straggler_timeout_s) and its group was dropped",
+                prompt.prompt_id,
+                self._straggler_timeout_s,
+            )
+        return bool(stragglers)
 
     def admit(self, number: int, prompt: Prompt, version: int) -> None:
         """Start sampling an admitted group."""
         self.open[number] = (prompt, version)
+        self._started[number] = time.monotonic()
         params = replace(self._params, seed=request_seed(self._seed, number))
         self._sampler.submit(SampleRequest(number, prompt.tokens, self._config.group_size, params))
 
     def _score(self, result: SampleResult) -> None:
+        if result.request_id not in self.open:
+            return  # a straggler that was dropped and finished all the same
         prompt, version = self.open[result.request_id]
         self._scoring[result.request_id] = self._scorer.submit(self._group(result, prompt, version))
 
@@ -253,6 +294,7 @@ class Rollouts:
 
     def _keep(self, group: Group) -> None:
         del self.open[group.admission]
+        del self._started[group.admission]
         self.cursor.pass_rates[group.prompt.prompt_id] = statistics.fmean(
             is_correct(t.rewards) for t in group.trajectories
         )
@@ -263,6 +305,11 @@ class Rollouts:
             self.counts.dropped_groups += 1
         else:
             self.buffer.put(group)
+
+    def whereabouts(self, number: int) -> str:
+        """What an admitted group is waiting for, in words, and since when."""
+        since = time.monotonic() - self._started[number]
+        return f"{'being scored' if number in self._scoring else 'being sampled'} for {since:.0f} s"
 
     def take(self) -> tuple[list[Group], StepCounts]:
         """A step's groups, and what happened while they were collected."""

@@ -28,7 +28,7 @@ from cispo.batching import make_batch, take_rows, with_columns, with_reduction
 from cispo.config import CispoObjective, Config, PpoClipObjective, RolloutConfig
 from cispo.metrics import JsonlWriter, Tracker, dump_line, ratio_metrics, sampler_kl_metrics
 from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling_params, task_metrics, zero_variance
-from cispo.types import AdamParams, Batch, Group, Learner, LossOutput, Prompt, Sampler, SamplingParams, Task
+from cispo.types import AdamParams, Batch, Group, Learner, LossOutput, Prompt, RunError, Sampler, SamplingParams, Task
 
 
 class Observer(Protocol):
@@ -165,23 +165,46 @@ class Trainer:
         timer = Timer()
         self._observer.status("sampling")
         with timer.measure("sample"):
+            progress = time.monotonic()
             while not self._rollouts.buffer.ready:
                 if self._interrupted:
                     return None
-                self._rollouts.advance(self.step)
+                if self._rollouts.advance(self.step):
+                    progress = time.monotonic()
+                self._watch(progress)
         groups, counts = self._rollouts.take()
+        self._rollouts.advance(self.step, wait=False)  # the slots just freed are sampled while this step trains
         self._observer.status("training")
         step = self._prepare(groups, timer)
         updates = self._train(step, timer)
         self.step += 1
         with timer.measure("optim"):
             self._updates_at_version[self.step] = self.updates
-            self._sampler.update_weights(None, self.step)
+            self._publish()
         metrics = self._metrics(step, counts, updates, timer)
         self._write_rollouts(step, updates)
         oldest = self.step - self._config.asynchrony.max_staleness - 1
         self._updates_at_version = {v: n for v, n in self._updates_at_version.items() if v >= oldest}
         return metrics
+
+    def _publish(self) -> None:
+        """The policy of this step to whoever samples."""
+        weights = None if self._sampler.share_weights else self._learner.weights()
+        self._sampler.update_weights(weights, self.step)
+
+    def _watch(self, progress: float) -> None:
+        """Raises RunError, naming what the loop waits for, when nothing has moved for `async.watchdog_s`."""
+        limit = self._config.asynchrony.watchdog_s
+        if time.monotonic() - progress > limit:
+            buffer = self._rollouts.buffer
+            waiting = ", ".join(
+                f"{self._rollouts.open[n][0].prompt_id} (group {n}, {self._rollouts.whereabouts(n)})"
+                for n in buffer.outstanding[:5]
+            )
+            raise RunError(
+                f"step {self.step + 1}: nothing has moved for {limit:g} s (async.watchdog_s). Waiting for "
+                f"{len(buffer.outstanding)} groups, the oldest {waiting}"
+            )
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -235,6 +258,7 @@ class Trainer:
                     grad_norm = self._learner.optim_step(self._adam())["grad_norm"]
                 versions = window.columns["versions"][output.evaluated_T] if trained else torch.empty(0)
                 behind = self.updates - self._updates_at_version[int(versions.min())] if len(versions) else 0
+                self._rollouts.advance(self.step, wait=False)
                 done.append(_Update(len(done), [rows[k] for k in trained], window, output, grad_norm, behind))
                 self.updates += 1
         return done
@@ -280,6 +304,7 @@ class Trainer:
             **task_metrics(self._task, step.groups),
             "rollout/zero_variance": statistics.fmean(zero_variance(group) for group in step.groups),
             "rollout/dropped_groups": dropped,
+            "rollout/stragglers": counts.stragglers,
             "rollout/prompts_retired": self._rollouts.cursor.retired,
             "rollout/nonfinite_dropped": sum(u.output.dropped for u in updates),
             **self._staleness(step.groups),
@@ -489,7 +514,7 @@ class Trainer:
             outstanding=[entry["number"] for entry in stored["outstanding"]],
             finished=[checkpoint.group_from_json(record, prompts) for record in stored["finished"]],
         )
-        self._sampler.update_weights(None, self.step)
+        self._publish()
         for entry in stored["outstanding"]:
             rollouts.admit(entry["number"], prompts[entry["prompt_id"]], entry["version"])
         self._writer = JsonlWriter(self._run_dir / "metrics.jsonl", position=state["metrics_position"])

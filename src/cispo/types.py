@@ -227,14 +227,23 @@ class Learner(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Who writes completions. Requests are queued by `submit`; `poll` does work and hands back what has finished."""
+    """Who writes completions. Requests are queued by `submit`; `poll` hands back what has finished.
+
+    version: of the policy that writes the next token. share_weights: whether the learner's changes reach it by
+    themselves, so that `update_weights(None, version)` publishes; otherwise it needs the weights.
+    """
 
     version: int
+    share_weights: bool
 
     def submit(self, request: SampleRequest) -> None: ...
 
-    def poll(self) -> list[SampleResult]:
-        """Advance, and return the requests that finished (possibly none). Never blocks for ever."""
+    def poll(self, *, wait: bool = True) -> list[SampleResult]:
+        """Advance, and return the requests that finished (possibly none). Never blocks for ever.
+
+        wait: may take the caller's time (decode here, or wait a moment for another process). Without it, only what has
+        already finished is handed over, so that a trainer can ask between two optimizer updates.
+        """
 
     def cancel(self, request_id: int) -> None: ...
 
