@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,7 @@ Compute = Literal["tokens", "hours", "flops", "steps"]
 class FitOptions:
     """Forecast held-out reward over compute (ScaleRL's sigmoid), with intervals, for one recipe or several."""
 
-    runs: tuple[Path, ...]
+    runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders of runs. Seeds of one recipe are found by their configs."""
     metric: str = "eval/accuracy"
     compute: Compute = "tokens"

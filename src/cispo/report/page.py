@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tyro
 from rich.console import Console
 
 from cispo import metrics as metric_names
@@ -44,7 +45,7 @@ READ_BYTES = 200_000_000
 class ReportOptions:
     """Write the report of one run or several as one HTML file that opens offline."""
 
-    runs: tuple[Path, ...]
+    runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders of runs. Seeds of one recipe are drawn as a band."""
     out: Path | None = None
     """The file to write. None: report.html in the run's folder, or in the current folder for several runs."""
