@@ -5,6 +5,7 @@ python -m pytest tests/test_compare.py
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -123,8 +124,6 @@ def test_a_comparison_goes_on_where_it_was(comparison):
     torn = runs / "clip_high_threshold-8-s1"
     (torn / "metrics.jsonl").write_text((torn / "metrics.jsonl").open().readline())  # as if killed after step 0
     for checkpoint in (torn / "checkpoints").iterdir():
-        import shutil
-
         shutil.rmtree(checkpoint)
     assert compare(comparison) == 0
     assert (runs / "clip_high_threshold-4-s0" / "metrics.jsonl").stat().st_mtime_ns == kept

@@ -67,7 +67,7 @@ class Arm:
 @dataclass(frozen=True)
 class ArmResult:
     """What an arm's seeds did. Intervals are 95 %, bootstrapped over seeds; `difference` and `ratio` are paired, in
-    steps against the first arm (positive, or above 1: this arm is slower)."""
+    steps against the first arm (positive, or above 1: this arm is slower); no ratio where a run of the first arm was there at step 0."""
 
     label: str
     seeds: tuple[int, ...]
@@ -97,9 +97,7 @@ def arms(options: CompareOptions) -> list[Arm]:
             found.append(Arm(label, re.sub(r"[^\w.-]+", "-", label), config))
     for one, other in itertools.combinations(found, 2):
         if one.config == other.config or one.slug == other.slug:
-            raise ConfigError(
-                f"arms {one.label!r} and {other.label!r} are the same; give recipes or values that differ"
-            )
+            raise ConfigError(f"arms {one.label!r} and {other.label!r} are the same; give values that differ")
     return found
 
 
@@ -231,7 +229,7 @@ def summarize(
                 bootstrap_mean(auc, **kwargs),
                 bootstrap_mean([curve[-1][1] for curve in curves], **kwargs),
                 None if first else paired_difference(base_steps, steps, **kwargs),
-                None if first else paired_ratio(base_steps, steps, **kwargs),
+                None if first or 0 in base_steps else paired_ratio(base_steps, steps, **kwargs),
                 None if first else paired_difference(base_auc, auc, **kwargs),
                 None if first else sign_test(base_steps, steps),
             )
