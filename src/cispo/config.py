@@ -583,6 +583,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             "algorithm.objective: mask_*_threshold together with negative_clip_*_threshold mixes MiniMax-M1's token "
             "mask with DISPO's bounds by sign; keep one of the two"
         )
+    if algorithm.entropy_bonus and (sequence_level or algorithm.opsm_delta is not None):
+        yield (
+            f"algorithm.entropy_bonus: {algorithm.entropy_bonus:g} does not go with whole-sequence objectives (gspo, "
+            "opsm_delta, sequence_level), whose head gives no entropy gradient; use entropy_bonus: 0"
+        )
     if algorithm.opsm_delta is not None and not anchored:
         yield (
             f"algorithm.opsm_delta: {algorithm.opsm_delta:g} with algorithm.objective.type: reinforce, which has no "

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from cispo import model as models
 from cispo.batching import micro_batches, pad_rows
 from cispo.config import LearnerConfig
-from cispo.head import linear_logprobs, linear_policy_loss
+from cispo.head import LinearPolicyLoss, linear_logprobs, linear_policy_loss
+from cispo.objectives import is_sequence_level
 from cispo.types import AdamParams, Batch, DataError, LossOutput, NonFiniteError, Objective
 
 
@@ -73,32 +75,50 @@ class LocalLearner:
     # ------------------------------------------------------------------------------------------------------ verbs
 
     def forward_backward(
-        self, batch: Batch, objective: Objective, *, temperature: float = 1.0, nonfinite: str = "raise"
+        self,
+        batch: Batch,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        nonfinite: str = "raise",
+        entropy_bonus: float = 0.0,
     ) -> LossOutput:
-        """Add the gradient of Σ weights·objective over the batch's trained positions to the accumulated one.
+        """Add the gradient of Σ weights·(objective − entropy_bonus·entropy), over trained positions, to the sum so far.
 
         temperature divides the logits, as it did in sampling. nonfinite: "raise" stops at a NaN or infinity at a
         trained position (NonFiniteError), "drop" leaves that token out and counts it. After an error the accumulated
-        gradient is cleared.
+        gradient is cleared. An objective with `sequence_level` gets whole rows (a micro-batch splits none) and takes
+        two passes through the head; "drop" then leaves out the whole row.
         """
         output = _Output(batch)
         try:
             for micro in self._micro_batches(batch):
                 hidden_TD = self._hidden(self.model, micro)
                 head_VD, bias_V = models.head_of(self.model)
-                result = linear_policy_loss(
-                    hidden_TD,
-                    head_VD,
-                    batch.targets_T[micro.outside].to(self._device),
-                    objective=objective,
-                    columns={name: c[micro.outside].to(self._device) for name, c in batch.columns.items()},
-                    weights_T=batch.weights_T[micro.outside].to(self._device),
-                    bias_V=bias_V,
-                    temperature=temperature / self._logit_scale,
-                    backend=self._layout.head_backend,
-                    nonfinite=nonfinite,
-                    compute_dtype=self._head_dtype,
-                )
+                inputs = (hidden_TD, head_VD, batch.targets_T[micro.outside].to(self._device))
+                columns = {name: c[micro.outside].to(self._device) for name, c in batch.columns.items()}
+                weights_T = batch.weights_T[micro.outside].to(self._device)
+                head: dict[str, Any] = {
+                    "bias_V": bias_V,
+                    "temperature": temperature / self._logit_scale,
+                    "backend": self._layout.head_backend,
+                    "compute_dtype": self._head_dtype,
+                }
+                if is_sequence_level(objective):
+                    logprobs_T, entropy_T = linear_logprobs(*inputs, **head)
+                    result = sequence_loss(
+                        objective, logprobs_T, entropy_T, columns=columns, weights_T=weights_T, nonfinite=nonfinite
+                    )
+                else:
+                    result = linear_policy_loss(
+                        *inputs,
+                        objective=objective,
+                        columns=columns,
+                        weights_T=weights_T,
+                        nonfinite=nonfinite,
+                        entropy_coef=entropy_bonus,
+                        **head,
+                    )
                 result.loss.backward()
                 output.add(micro, result.logprobs_T, result.entropy_T, float(result.loss.detach()), result.dropped)
         except BaseException:
@@ -233,6 +253,36 @@ class LocalLearner:
     def _hidden(model: nn.Module, micro: _MicroBatch) -> Tensor:
         hidden_BSD = models.hidden_states(model, micro.tokens_BS, micro.attention_mask_BS, micro.positions_BS)
         return hidden_BSD.flatten(0, 1)[micro.inside]
+
+
+def sequence_loss(
+    objective: Objective,
+    logprobs_T: Tensor,
+    entropy_T: Tensor,
+    *,
+    columns: Mapping[str, Tensor],
+    weights_T: Tensor,
+    nonfinite: str,
+) -> LinearPolicyLoss:
+    """Σ weights·objective of a sequence-level objective, from differentiable log-probs of whole rows.
+
+    A non-finite token spoils its whole sequence: it raises NonFiniteError, or the row (column `rows`) is dropped.
+    """
+    with torch.no_grad():
+        loss_T = objective(logprobs_T, **columns)
+    bad_T = ~(loss_T.isfinite() & logprobs_T.detach().isfinite())
+    if bool(bad_T.any()) and nonfinite != "drop":
+        position = int(bad_T.nonzero()[0])
+        raise NonFiniteError(
+            f"loss {float(loss_T[position])} and log-prob {float(logprobs_T[position].detach())} at trained position "
+            f"{position} of a micro-batch; set algorithm.nonfinite: drop to leave its sequence out and count it"
+        )
+    bad_T |= torch.isin(columns["rows"], columns["rows"][bad_T])
+    kept = (~bad_T).nonzero().squeeze(1)
+    kept_loss = objective(logprobs_T[kept], **{name: column[kept] for name, column in columns.items()})
+    loss = (weights_T[kept] * kept_loss).sum()
+    zeroed = [torch.where(bad_T, 0.0, x.detach()) for x in (logprobs_T, entropy_T, loss_T)]
+    return LinearPolicyLoss(loss, *zeroed, dropped=int(bad_T.sum()))
 
 
 class _Output:

@@ -23,12 +23,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cispo import advantages, checkpoint, objectives
+from cispo import advantages, checkpoint, corrections, objectives
 from cispo.batching import make_batch, take_rows, with_columns, with_reduction
 from cispo.config import CispoObjective, Config, PpoClipObjective, RolloutConfig
 from cispo.metrics import JsonlWriter, Tracker, dump_line, ratio_metrics, sampler_kl_metrics
 from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling_params, task_metrics, zero_variance
-from cispo.types import AdamParams, Batch, Group, Learner, LossOutput, Prompt, RunError, Sampler, SamplingParams, Task
+from cispo.types import (
+    AdamParams,
+    Batch,
+    Group,
+    Learner,
+    LossOutput,
+    Prompt,
+    RunError,
+    Sampler,
+    SamplingParams,
+    Task,
+    Trajectory,
+)
 
 
 class Observer(Protocol):
@@ -77,6 +89,7 @@ class _Step:
     owners: Sequence[tuple[int, int]]  # of each row: its group's index and its place in it
     advantages: Sequence[float]  # of each row
     batch: Batch
+    measured: Mapping[str, float] = field(default_factory=dict)  # of the whole rollout, before its updates
 
 
 @dataclass(frozen=True)
@@ -212,7 +225,12 @@ class Trainer:
         """The step's rows with advantages and the log-prob columns that the objective reads."""
         algorithm, rollout = self._config.algorithm, self._config.rollout
         kept = [i for i, group in enumerate(groups) if rollout.zero_variance == "keep" or not zero_variance(group)]
-        values = advantages.compute(algorithm.advantage, [[t.reward for t in groups[i].trajectories] for i in kept])
+        values = advantages.compute(
+            algorithm.advantage,
+            [[t.reward for t in groups[i].trajectories] for i in kept],
+            std_eps=algorithm.advantage_eps,
+            lengths=[[_trained_tokens(t, rollout) for t in groups[i].trajectories] for i in kept],
+        )
         owners = [(i, g) for i in kept for g in range(len(groups[i].trajectories))]
         row_advantages = [a for group in values for a in group]
         if not owners:
@@ -224,13 +242,34 @@ class Trainer:
             "anchor_logprobs": batch.columns["sampler_logprobs"],
             "versions": torch.cat([t.versions[1:] for t in trajectories]).float(),
         }
+        in_reward = algorithm.kl is not None and algorithm.kl.place == "reward"
+        measured: dict[str, float] = {}
         with timer.measure("forward"):
+            if algorithm.anchor == "proximal" or algorithm.correction is not None or in_reward:
+                proximal = self._learner.forward(batch, temperature=rollout.temperature).logprobs_T
+                columns["proximal_logprobs"] = proximal
             if algorithm.anchor == "proximal":
-                columns["anchor_logprobs"] = self._learner.forward(batch, temperature=rollout.temperature).logprobs_T
+                columns["anchor_logprobs"] = proximal
             if algorithm.kl is not None:
                 reference = self._learner.forward(batch, temperature=rollout.temperature, reference=True)
                 columns["reference_logprobs"] = reference.logprobs_T
-        return _Step(groups, kept, owners, row_advantages, with_columns(batch, **columns))
+        if algorithm.correction is not None:
+            mask_T = batch.weights_T != 0
+            sampler_T = batch.columns["sampler_logprobs"]
+            correction = corrections.compute(
+                algorithm.correction, proximal, sampler_T, mask_T, batch.lengths, nonfinite=algorithm.nonfinite
+            )
+            columns["correction_weights"] = correction.weights_T
+            measured |= {f"correction/{name}": value for name, value in correction.statistics.items()}
+            measured |= {f"mismatch/{k}": v for k, v in corrections.mismatch(proximal, sampler_T, mask_T).items()}
+        if in_reward:
+            penalty_T = objectives.reward_penalty(proximal, columns["reference_logprobs"], algorithm.kl)
+            columns["advantages"] = batch.columns["advantages"] - penalty_T
+        if "rows" in self._objective.columns:
+            columns["rows"] = torch.repeat_interleave(
+                torch.arange(len(batch.rows)), torch.tensor(batch.lengths)
+            ).float()
+        return _Step(groups, kept, owners, row_advantages, with_columns(batch, **columns), measured)
 
     def _train(self, step: _Step, timer: Timer) -> list[_Update]:
         algorithm = self._config.algorithm
@@ -244,7 +283,7 @@ class Trainer:
                     constant=algorithm.constant or self._config.rollout.max_tokens,
                 )
                 # A row whose advantage is 0 has no gradient: it counts in the weights and costs no compute.
-                every = algorithm.kl is not None
+                every = algorithm.kl is not None or algorithm.entropy_bonus > 0
                 trained = [k for k, r in enumerate(rows) if every or step.advantages[r] != 0.0]
                 window = take_rows(window, trained)
                 with timer.measure("train"):
@@ -253,6 +292,7 @@ class Trainer:
                         self._objective,
                         temperature=self._config.rollout.temperature,
                         nonfinite=algorithm.nonfinite,
+                        entropy_bonus=algorithm.entropy_bonus,
                     )
                 with timer.measure("optim"):
                     grad_norm = self._learner.optim_step(self._adam())["grad_norm"]
@@ -264,16 +304,19 @@ class Trainer:
         return done
 
     def _adam(self) -> AdamParams:
-        """The schedule's learning rate at this update: linear warm-up, then constant or cosine to the last update."""
+        """The schedule's learning rate at this update: linear warm-up, then constant, linear or cosine to the end."""
         optimizer, algorithm = self._config.optimizer, self._config.algorithm
         rate = optimizer.learning_rate
         if self.updates < optimizer.warmup_updates:
             rate *= (self.updates + 1) / optimizer.warmup_updates
-        elif optimizer.schedule == "cosine":
+        elif optimizer.schedule != "constant":
             total = self._config.steps * algorithm.updates_per_rollout * algorithm.epochs_per_rollout
             progress = (self.updates - optimizer.warmup_updates) / max(1, total - optimizer.warmup_updates)
             floor = optimizer.min_learning_rate_share
-            rate *= floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+            left = 1 - min(1.0, progress)
+            if optimizer.schedule == "cosine":
+                left = (1 - math.cos(math.pi * left)) / 2
+            rate *= floor + (1 - floor) * left
         return AdamParams(
             learning_rate=rate,
             beta1=optimizer.beta1,
@@ -312,6 +355,7 @@ class Trainer:
             "optim/grad_norm": statistics.fmean(u.grad_norm for u in updates),
             "optim/grad_norm_max": max(u.grad_norm for u in updates),
             "optim/learning_rate": self._last_rate(),
+            **step.measured,
             **(self._token_metrics(trained) if trained else {}),
         }
         metrics["time/step_s"] = timer.total
@@ -360,6 +404,8 @@ class Trainer:
                     u.output.logprobs_T[u.output.evaluated_T],
                     u.column("reference_logprobs"),
                     self._config.algorithm.kl.form,
+                    input_clamp=self._config.algorithm.kl.input_clamp,
+                    output_clamp=self._config.algorithm.kl.output_clamp,
                 )
                 for u in updates
             ]
@@ -596,3 +642,9 @@ def _interrupts(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _trained_tokens(trajectory: Trajectory, rollout: RolloutConfig) -> int:
+    """Sampled tokens of a completion that are trained on."""
+    masked = rollout.truncated == "mask" and trajectory.truncated
+    return 0 if masked else int(trajectory.action_mask.sum())

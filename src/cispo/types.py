@@ -203,9 +203,18 @@ class Learner(Protocol):
     """Who holds the trained weights. Gradients add up over `forward_backward` calls until `optim_step` spends them."""
 
     def forward_backward(
-        self, batch: Batch, objective: Objective, *, temperature: float = 1.0, nonfinite: str = "raise"
+        self,
+        batch: Batch,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        nonfinite: str = "raise",
+        entropy_bonus: float = 0.0,
     ) -> LossOutput:
-        """Add the gradient of Σ weights·objective to the accumulated one. Raises NonFiniteError."""
+        """Add the gradient of Σ weights·(objective − entropy_bonus·entropy) to the accumulated one.
+
+        An objective with `sequence_level` sees all trained tokens of a row at once. Raises NonFiniteError.
+        """
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, reference: bool = False) -> LossOutput:
         """Log-probs and entropies only. `reference`: under the frozen reference model instead of the policy."""
