@@ -50,9 +50,8 @@ def fork_tokens(work: Path, jobs: int | None) -> None:
         recipes = []
         for arm in ARMS:  # an arm's own learning rate makes it a recipe of its own
             path = folder / f"{arm}.yaml"
-            path.write_text(
-                Path(recipe(arm)).read_text() + f"optimizer: {{learning_rate: {chosen[f'{arm}/{updates}']}}}\n"
-            )
+            rate = f"optimizer: {{learning_rate: {chosen[f'{arm}/{updates}']}}}\n"
+            path.write_text(Path(recipe(arm)).read_text() + rate)
             recipes.append(str(path))
         fixed = (f"algorithm.updates_per_rollout={updates}", f"steps={steps}")
         compare(CompareOptions(recipes=tuple(recipes), set=fixed, seeds=SEEDS, out=folder, jobs=jobs))
@@ -89,11 +88,8 @@ def floors(work: Path, jobs: int | None) -> None:
         )  # fmt: skip
         runs = [read_run(path.with_suffix("")) for path in sorted((folder / "runs").glob("*.yaml"))]
         stale = [line["staleness/steps_mean"] for run in runs for line in run.metrics if "staleness/steps_mean" in line]
-        keep(
-            folder,
-            f"c-lag{lag}",
-            f"\nMean staleness over all steps: {np.mean(stale):.2f} RL steps\n" + differences(folder),
-        )
+        words = f"\nMean staleness over all steps: {np.mean(stale):.2f} RL steps\n"
+        keep(folder, f"c-lag{lag}", words + differences(folder))
 
 
 def differences(folder: Path) -> str:
@@ -108,9 +104,7 @@ def differences(folder: Path) -> str:
 
 def deciles(work: Path, jobs: int | None) -> None:
     run = read_run(work / "a-16" / "runs" / "cispo-s0")
-    step = max((line for line in run.metrics if "clip/ppo_silenced" in line), key=lambda m: m["clip/ppo_silenced"])[
-        "step"
-    ]
+    step = max(run.metrics, key=lambda line: line.get("clip/ppo_silenced") or 0.0)["step"]
     lines = [line for line in read_lines(run.rollout_steps()[step]) if line.head["trained"]]
     sampler, logprobs, w = (np.concatenate([getattr(x, n) for x in lines]) for n in ("sampler", "logprobs", "weights"))
     A = np.concatenate([np.full(len(x.ids), x.advantage) for x in lines])
@@ -123,27 +117,16 @@ def deciles(work: Path, jobs: int | None) -> None:
         "clip-higher 0.8/1.28": {"type": "ppo_clip", "clip_low_threshold": 0.8, "clip_high_threshold": 1.28},
     }
     kept = {name: np.abs(pusher(o)(sampler, logprobs, A, w, rows)) for name, o in objectives.items()}
-    table = [
-        f"## Share of the unclipped gradient left, by decile of sampling probability (step {step}, {len(order)} tokens)",
-        "",
-    ]
-    table += [
-        "| decile | probability | share of Σ\\|r·A·w\\| | silenced by 0.8/1.2 | " + " | ".join(kept) + " |",
-        "|" + " --- |" * (4 + len(kept)),
-    ]
+    table = ["## Share of the unclipped gradient left, by decile of sampling probability", ""]
+    table += [f"Step {step} of CISPO at 16 updates, seed 0: {len(order)} trained tokens.", ""]
+    head = ["decile", "probability", "share of Σ\\|r·A·w\\|", "silenced by 0.8/1.2", *kept]
+    table += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     cut = silenced(np.exp(logprobs - sampler), A)
     for i, part in enumerate(np.array_split(order, 10)):
         p = np.exp(sampler[part])
         share = [kept[name][part].sum() / unclipped[part].sum() for name in kept]
-        table.append(
-            f"| {i + 1} | {p.min():.3g} – {p.max():.3g} | {unclipped[part].sum() / unclipped.sum():.1%} | "
-            f"{cut[part].mean():.1%} | " + " | ".join(f"{s:.1%}" for s in share) + " |"
-        )
-    table.append(
-        f"| all | | 100 % | {cut.mean():.1%} | "
-        + " | ".join(f"{k.sum() / unclipped.sum():.1%}" for k in kept.values())
-        + " |"
-    )
+        shares = [f"{k.sum() / unclipped.sum():.1%}" for k in kept.values()]
+    table.append(f"| all | | 100 % | {cut.mean():.1%} | " + " | ".join(shares) + " |")
     (HERE / "results" / "d.md").write_text("\n".join(table) + "\n")
 
 

@@ -66,8 +66,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm's seeds did. Intervals are 95 %, bootstrapped over seeds; `difference` and `ratio` are paired, in
-    steps against the first arm (positive, or above 1: this arm is slower); no ratio where a run of the first arm was there at step 0."""
+    """What an arm's seeds did. Intervals are 95 %, bootstrapped over seeds.
+
+    `difference` and `ratio` are paired, in steps against the first arm (positive, or above 1: this arm is slower);
+    there is no ratio where a run of the first arm was at the threshold from the start.
+    """
 
     label: str
     seeds: tuple[int, ...]
@@ -174,7 +177,7 @@ async def _train(folder: Path, arm: Arm, seed: int) -> None:
     else:
         if folder.exists():  # stopped before its first checkpoint: nothing to go on from
             shutil.rmtree(folder)
-        recipe = folder.with_suffix(".yaml") if not folder.suffix else folder.with_name(folder.name + ".yaml")
+        recipe = folder.with_name(folder.name + ".yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
         own = {"seed": seed, "run_dir": str(folder), "threads": 1}
         recipe.write_text(configs.to_yaml(arm.config.model_copy(update=own)), encoding="utf-8")
