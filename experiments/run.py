@@ -124,8 +124,10 @@ def deciles(work: Path, jobs: int | None) -> None:
     cut = silenced(np.exp(logprobs - sampler), A)
     for i, part in enumerate(np.array_split(order, 10)):
         p = np.exp(sampler[part])
-        share = [kept[name][part].sum() / unclipped[part].sum() for name in kept]
-        shares = [f"{k.sum() / unclipped.sum():.1%}" for k in kept.values()]
+        left = [f"{kept[name][part].sum() / unclipped[part].sum():.1%}" for name in kept]
+        cells = [str(i + 1), f"{p.min():.3g} – {p.max():.3g}", f"{unclipped[part].sum() / unclipped.sum():.1%}"]
+        table.append("| " + " | ".join([*cells, f"{cut[part].mean():.1%}", *left]) + " |")
+    shares = [f"{k.sum() / unclipped.sum():.1%}" for k in kept.values()]
     table.append(f"| all | | 100 % | {cut.mean():.1%} | " + " | ".join(shares) + " |")
     (HERE / "results" / "d.md").write_text("\n".join(table) + "\n")
 
