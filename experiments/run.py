@@ -18,8 +18,8 @@ from cispo.report.tokens import pusher, read_lines, silenced
 
 HERE = Path(__file__).parent
 ARMS = ("cispo", "grpo", "clip-higher")
-STEPS = {1: 48, 4: 24, 16: 16}
-RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
+STEPS = {1: 40, 4: 20, 16: 12}
+RATES = ("1e-4", "3e-4", "1e-3")
 SEEDS = 8
 
 
@@ -67,7 +67,7 @@ def caps(work: Path, jobs: int | None) -> None:
     compare(
         CompareOptions(
             recipes=(recipe("cispo"),), vary=("algorithm.objective.clip_high_threshold=4,5,8",),
-            set=("steps=16", f"optimizer.learning_rate={_rate()}"), seeds=SEEDS, out=folder, jobs=jobs,
+            set=("steps=12", f"optimizer.learning_rate={_rate()}"), seeds=SEEDS, out=folder, jobs=jobs,
         )
     )  # fmt: skip
     runs = [read_run(folder / "runs" / f"cispo-clip_high_threshold-4-s{s}") for s in range(SEEDS)]
@@ -82,7 +82,7 @@ def floors(work: Path, jobs: int | None) -> None:
         compare(
             CompareOptions(
                 recipes=(recipe("cispo"),), vary=("algorithm.objective.clip_low_threshold=0,0.5,0.9",),
-                set=("steps=24", f"optimizer.learning_rate={_rate()}", f"async.max_staleness={lag}"),
+                set=("steps=16", f"optimizer.learning_rate={_rate()}", f"async.max_staleness={lag}"),
                 seeds=SEEDS, out=folder, jobs=jobs,
             )
         )  # fmt: skip

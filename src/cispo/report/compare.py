@@ -10,14 +10,15 @@ the verdict down before running. Left out on purpose: choosing the winner.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+import cispo
 from cispo import config as configs
 from cispo.config import Config
 from cispo.report.page import write_page
 from cispo.report.paired import Interval, area, bootstrap_mean, paired_difference, paired_ratio, sign_test, steps_to
 from cispo.report.runs import Run, is_run, read_run
-from cispo.types import ConfigError, RunError
+from cispo.types import CispoError, ConfigError, RunError
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def compare(options: CompareOptions) -> int:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     # seeds go round first, so that a comparison that is stopped has every arm at the seeds it has
     jobs = [(arm, seed) for seed in seeds for arm in chosen]
-    asyncio.run(_run_all(jobs, options, console))
+    _run_all(jobs, options, console)
     runs = {(arm.label, seed): read_run(_folder(options, arm, seed)) for arm in chosen for seed in seeds}
     results = summarize([arm.label for arm in chosen], list(seeds), runs, options)
     budget = max(arm.config.steps for arm in chosen)
@@ -143,58 +145,38 @@ def _folder(options: CompareOptions, arm: Arm, seed: int) -> Path:
     return options.out / "runs" / f"{arm.slug}-s{seed}"
 
 
-async def _run_all(jobs: Sequence[tuple[Arm, int]], options: CompareOptions, console: Console) -> None:
-    """Trains what is not finished. Consumes jobs; waits for a free core; unblocked by a process that ends; produces
-    run folders. The first that fails ends the others and the comparison."""
-    free = asyncio.Semaphore(options.jobs or os.cpu_count() or 1)
-    done = 0
-
-    async def one(arm: Arm, seed: int) -> None:
-        nonlocal done
-        async with free:
-            folder = _folder(options, arm, seed)
-            if not _finished(folder, arm):
-                await _train(folder, arm, seed)
-        done += 1
-        console.print(f"{done}/{len(jobs)}  {arm.label}, seed {seed}", highlight=False)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for arm, seed in jobs:
-                group.create_task(one(arm, seed))
-    except* RunError as errors:
-        raise errors.exceptions[0] from None
+def _run_all(jobs: Sequence[tuple[Arm, int]], options: CompareOptions, console: Console) -> None:
+    """Trains what is not finished, in processes that import torch once. Raises RunError with the first that fails."""
+    missing = [(arm, seed) for arm, seed in jobs if not _finished(_folder(options, arm, seed), arm)]
+    if len(missing) < len(jobs):
+        console.print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already", highlight=False)
+    workers = min(options.jobs or os.cpu_count() or 1, max(1, len(missing)))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_train, _folder(options, arm, seed), arm, seed): (arm, seed) for arm, seed in missing}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                arm, seed = futures[future]
+                future.result()
+                console.print(f"{done}/{len(missing)}  {arm.label}, seed {seed}", highlight=False)
+        except (CispoError, BrokenProcessPool) as error:
+            raise RunError(f"{arm.label}, seed {seed}: {error}") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished(folder: Path, arm: Arm) -> bool:
     return is_run(folder) and read_run(folder).last_step >= arm.config.steps
 
 
-async def _train(folder: Path, arm: Arm, seed: int) -> None:
-    """One run as `cispo train` in a process of one thread. Raises RunError with the end of its output."""
-    if any((folder / "checkpoints").glob("step-*")):
-        words = ["--resume", str(folder)]
-    else:
-        if folder.exists():  # stopped before its first checkpoint: nothing to go on from
-            shutil.rmtree(folder)
-        recipe = folder.with_name(folder.name + ".yaml")
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        own = {"seed": seed, "run_dir": str(folder), "threads": 1}
-        recipe.write_text(configs.to_yaml(arm.config.model_copy(update=own)), encoding="utf-8")
-        words = [str(recipe)]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "cispo", "train", *words,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        output, _ = await process.communicate()
-    except asyncio.CancelledError:
-        process.terminate()
-        await process.wait()
-        raise
-    if process.returncode:
-        end = "\n".join(output.decode(errors="replace").splitlines()[-8:])
-        raise RunError(f"{arm.label}, seed {seed}: cispo train ended with status {process.returncode}\n{end}")
+def _train(folder: Path, arm: Arm, seed: int) -> None:
+    """One run, as `cispo train` in this process; what it prints goes to a file beside its folder."""
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if folder.exists() and not resume:  # stopped before its first checkpoint: nothing to go on from
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = arm.config.model_copy(update={"seed": seed, "run_dir": str(folder), "threads": 1})
+    with open(folder.with_name(folder.name + ".log"), "a", encoding="utf-8") as log:
+        cispo.train(config, resume=resume, console=Console(file=log))
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
