@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -26,10 +27,19 @@ def explain(translation: Translation, format: Format = "text") -> str:
     """The translation for a person, as our YAML recipe, or as JSON."""
     match format:
         case "yaml":
-            return c.to_yaml(translation.config)
+            return recipe_yaml(translation)
         case "json":
             return json.dumps(_as_json(translation), indent=2, ensure_ascii=False) + "\n"
     return _text(_document(translation), colour=False)
+
+
+def recipe_yaml(translation: Translation) -> str:
+    """What was set, in the order of our sections: a recipe that loads to the same config. What is ours is left out."""
+    order = [field.alias or name for name, field in c.Config.model_fields.items()]
+    raw = {key: translation.raw[key] for key in order if key in translation.raw}
+    plain = json.loads(json.dumps(raw, default=list).replace("Infinity", '".inf"'))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return text.replace("'.inf'", ".inf") if raw else "{}\n"
 
 
 def explain_config(config: c.Config, raw: Mapping[str, Any] | None = None, format: Format = "text") -> str:
