@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # only named here, so that reading a config does not wait for torch
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -191,7 +192,7 @@ class LossOutput:
     dropped: int = 0
 
 
-Objective = Callable[..., Tensor]
+Objective = Callable[..., "Tensor"]
 """`(logprobs_T, **columns) -> loss_T`, differentiable in `logprobs_T`, each token's loss from that token alone."""
 
 
