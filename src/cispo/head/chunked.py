@@ -1,13 +1,18 @@
 """The head in one pass over chunks of rows, on any torch device: three matrix products and no `[T, V]`.
 
-A chunk's logits z live in one workspace. Blocks of a few rows, small enough for the cache, are turned in place into
-e = exp(z − max z), giving log-prob and entropy on the way; the objective's coefficients follow from the chunk's log-probs;
-then e − s·onehot (s = Σ e) meets the head and the hidden states, and the next chunk overwrites it:
+A chunk's logits live in one workspace. They are turned in place, by blocks of rows, into the softmax p,
+which gives log-prob and entropy on the way; the objective's coefficients c follow from the chunk's log-probs; then
+p − onehot meets the head and the hidden states, and the next chunk overwrites it:
 
-    dz_t      = c_t/temperature · (onehot − e_t/s_t)    =  k_t · (e_t − s_t·onehot),    k_t = −c_t/(s_t·temperature)
-    dHidden_t = k_t · (e_t − s_t·onehot) @ head         dHead = Σ_t (e_t − s_t·onehot)ᵀ (k_t · hidden_t)
+    dlogits_t = c_t/temperature · (onehot − p_t) = k_t · (p_t − onehot),     k_t = −c_t/temperature
+    dHidden_t = k_t · (p_t − onehot) @ head          dHead = Σ_t (p_t − onehot)ᵀ (k_t · hidden_t)
 
-so that the row scale k never costs a pass over the logits. Rows with c = 0 are moved out before the two products.
+In float32 the row scale k is put on the small factors, and never costs a pass over the logits. A bf16 head has its
+logits in float32 (bf16 logits would be wrong by 1 part in 256) and multiplies bf16 dlogits, which carry k because
+scaling the small factors would round them once more. Rows with k = 0 are moved out before these two products.
+
+dHead accumulates in float32. A bf16 dHead of few chunks, or one whose float32 copy does not fit into half of the memory
+budget, accumulates in bf16 instead, as `.grad` does over micro-batches: each chunk rounds it once.
 
 Left out on purpose: double backward, and objectives that are not token-local (`linear_logprobs` serves those).
 """
@@ -15,105 +20,231 @@ Left out on purpose: double backward, and objectives that are not token-local (`
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cispo.head.inputs import HeadInputs, PolicyInputs, coefficients
+from cispo.head.matmul import fast_float32_matmul
 
-_BLOCK_ELEMENTS = 1 << 18
-"""Rows are reduced in blocks of about this many logits (1 MiB of float32: a core's L2 cache)."""
+_BLOCK = 1 << 22
+"""Rows are reduced in blocks of about this many logits (16 MiB of float32). Smaller ones stay in a core's cache and are
+no faster, and every operation on one waits for all threads: on a busy machine that costs a time slice each."""
+_HEAD_BLOCK = 1 << 22
+"""A head of another dtype is converted in blocks of about this many weights (16 MiB of float32)."""
+
+_WIDE_FROM = 4
+"""With fewer chunks a bf16 dHead is as exact where it accumulates in bf16: a chunk's product is rounded either way."""
+_MM_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
+"""Whether this torch can hand out the float32 sum of a bf16 product on CUDA (2.8 and later)."""
+
+_kept: list[np.ndarray] = []
+"""The last call's CPU workspace: to be handed fresh memory by the kernel costs more than a product takes to fill it.
+A call takes the buffer out of the list, so two threads never share one."""
+
+
+class _Workspace:
+    """A flat scratch buffer, kept for the next call. On CPU numpy asks for huge pages, which torch does not."""
+
+    def __init__(self, like: Tensor, numel: int, dtype: torch.dtype):
+        self._bytes = None
+        if like.device.type != "cpu":
+            self.flat = like.new_empty(numel, dtype=dtype)
+            return
+        size = numel * dtype.itemsize
+        self._bytes = _kept.pop() if _kept else None
+        if self._bytes is None or self._bytes.size < size:
+            self._bytes = np.empty(size, dtype=np.uint8)
+        self.flat = torch.from_numpy(self._bytes)[:size].view(dtype)
+
+    def give_back(self) -> None:
+        if self._bytes is not None:
+            _kept[:] = [self._bytes]
 
 
 class _Pass:
-    """The workspace and the accumulated gradients of one pass over the rows."""
+    """The workspace and the accumulated gradients of one pass over at most `num_rows` rows."""
 
     def __init__(self, inputs: HeadInputs, num_rows: int, need: tuple[bool, bool, bool]):
         self.inputs, self.wide = inputs, inputs.wide
-        hidden_TD, V = inputs.hidden_TD, inputs.head_VD.shape[0]
-        self.head_VD = inputs.head_VD.detach().to(self.wide)
+        narrow = inputs.compute_dtype is None and inputs.hidden_TD.dtype == torch.bfloat16
+        self.product = torch.bfloat16 if narrow else self.wide  # float16 cannot hold dlogits: they go below 6e-8
+        hidden_TD, self.head_VD = inputs.hidden_TD.detach(), inputs.head_VD.detach()
+        self.hidden_TD = hidden_TD
         self.bias_V = None if inputs.bias_V is None else inputs.bias_V.detach().to(self.wide) / inputs.temperature
         self.has_neginf = self.bias_V is not None and bool(self.bias_V.isneginf().any())
-        size = torch.finfo(self.wide).bits // 8
-        block = max(1, min(num_rows, _BLOCK_ELEMENTS // V))
-        chunk = max(1, inputs.memory_budget // (V * size) - block)
-        chunk = max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / chunk))))
-        self.logits_CV = hidden_TD.new_empty(chunk, V, dtype=self.wide)
-        self.work_BV = hidden_TD.new_empty(min(block, chunk), V, dtype=self.wide)
-        self.dhidden_TD = torch.zeros_like(hidden_TD) if need[0] else None
-        self.dhead_VD = torch.zeros_like(self.head_VD) if need[1] else None
-        self.dbias_V = self.head_VD.new_zeros(V) if need[2] else None
 
-    def chunks(self, rows_R: Tensor):
+        (V, D), size = self.head_VD.shape, self.wide.itemsize
+        block = max(1, min(num_rows, min(_BLOCK, inputs.memory_budget // (8 * size)) // V))
+        budget = inputs.memory_budget - block * V * size
+        self.head_block = V
+        if self.head_VD.dtype != self.wide:
+            self.head_block = min(V, max(1, min(_HEAD_BLOCK, budget // (4 * size)) // D))
+            budget -= self.head_block * D * size
+        num_chunks = self._num_chunks(num_rows, budget)
+        self.dhead_dtype = self.head_VD.dtype
+        narrow_head = self.dhead_dtype != self.wide
+        if num_chunks >= _WIDE_FROM and narrow_head and V * D * size <= inputs.memory_budget // 2:
+            self.dhead_dtype = self.wide
+            num_chunks = self._num_chunks(num_rows, budget - V * D * size)
+        chunk = max(1, math.ceil(num_rows / num_chunks))
+        block = min(block, chunk)
+
+        head_scratch = self.head_block * D if self.head_VD.dtype != self.wide else 0
+        self.workspace = _Workspace(hidden_TD, (chunk + block) * V + head_scratch, self.wide)
+        logits, work, head_scratch = self.workspace.flat.split([chunk * V, block * V, head_scratch])
+        self.logits_CV, self.work_BV, self.head_UD = logits.view(-1, V), work.view(-1, V), head_scratch.view(-1, D)
+        self.dhidden_TD = torch.zeros_like(hidden_TD) if need[0] else None
+        self.dhead_VD = torch.empty_like(self.head_VD, dtype=self.dhead_dtype) if need[1] else None
+        self.dbias_V = self.head_VD.new_zeros(V, dtype=self.wide) if need[2] else None
+        self.dhead_is_empty = True
+
+    def _num_chunks(self, num_rows: int, budget: int) -> int:
+        rows = max(1, budget // (self.head_VD.shape[0] * self.wide.itemsize))
+        return max(1, math.ceil(num_rows / rows))
+
+    def chunks(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         return rows_R.split(len(self.logits_CV)) if len(rows_R) else ()
 
-    def hidden(self, rows_C: Tensor) -> Tensor:
-        return self.inputs.hidden_TD.detach()[rows_C].to(self.wide)
+    def blocks(self, rows: int) -> Iterator[slice]:
+        return (slice(i, min(i + len(self.work_BV), rows)) for i in range(0, rows, len(self.work_BV)))
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Tempered logits of a chunk, in the workspace."""
-        z_CV = self.logits_CV[: len(hidden_CD)]
-        scaled_CD = hidden_CD if self.inputs.temperature == 1.0 else hidden_CD / self.inputs.temperature
-        if self.bias_V is None:
-            return torch.mm(scaled_CD, self.head_VD.T, out=z_CV)
-        return torch.addmm(self.bias_V, scaled_CD, self.head_VD.T, out=z_CV)
+    def wide_head(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the wide dtype, block by block of the vocabulary; whole, where it has that dtype already."""
+        V = len(self.head_VD)
+        for start in range(0, V, self.head_block):
+            block = slice(start, min(start + self.head_block, V))
+            if self.head_VD.dtype == self.wide:
+                yield block, self.head_VD[block]
+            else:
+                yield block, self.head_UD[: block.stop - block.start].copy_(self.head_VD[block])
 
-    def exp_(self, z_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z ← e = exp(z − max z). Returns log-prob of the target, entropy, s = Σ e, and log-sum-exp; each [C]."""
-        logp_C, entropy_C, sum_C, lse_C = z_CV.new_empty(4, len(z_CV))
-        for start in range(0, len(z_CV), len(self.work_BV)):
-            block = slice(start, start + len(self.work_BV))
+    def logits(self, rows_C: Tensor) -> Tensor:
+        """Tempered logits of a chunk in the wide dtype, in the workspace."""
+        z_CV = self.logits_CV[: len(rows_C)]
+        if (
+            _MM_OUT_DTYPE and z_CV.is_cuda and self.product != self.wide
+        ):  # tensor cores add up in float32 and can hand it out
+            torch.mm(self.hidden_TD[rows_C], self.head_VD.T, out_dtype=self.wide, out=z_CV)
+            z_CV.div_(self.inputs.temperature)
+            return z_CV if self.bias_V is None else z_CV.add_(self.bias_V)
+        hidden_CD = self.hidden_TD[rows_C].to(self.wide) / self.inputs.temperature
+        for block, head_UD in self.wide_head():
+            if self.bias_V is None:
+                torch.mm(hidden_CD, head_UD.T, out=z_CV[:, block])
+            else:
+                torch.addmm(self.bias_V[block], hidden_CD, head_UD.T, out=z_CV[:, block])
+        return z_CV
+
+    def softmax_(self, z_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z ← p = softmax z. Returns log-prob of the target, entropy and log-sum-exp, [C] each."""
+        logp_C, entropy_C, lse_C = z_CV.new_empty(3, len(z_CV))
+        for block in self.blocks(len(z_CV)):
             z_BV = z_CV[block]
-            work_BV = self.work_BV[: len(z_BV)]
-            max_B1 = z_BV.amax(dim=-1, keepdim=True)
-            torch.sub(z_BV, max_B1, out=work_BV)
-            shifted_B1 = work_BV.gather(1, targets_C[block, None])
-            torch.exp(work_BV, out=z_BV)
+            max_B = z_BV.amax(dim=-1)
+            z_BV.sub_(max_B[:, None])
+            target_B = z_BV.gather(1, targets_C[block, None])[:, 0]
+            p_BV = torch.softmax(z_BV, dim=-1, out=self.work_BV[: len(z_BV)])
             if self.has_neginf:
-                work_BV.clamp_(min=-1e4)  # exp of it is 0 already, and 0 · −inf would make the entropy NaN
-            s_B = torch.sum(z_BV, dim=-1, out=sum_C[block])
-            log_s_B = s_B.log()
-            entropy_C[block] = log_s_B - torch.linalg.vecdot(z_BV, work_BV) / s_B
-            logp_C[block] = shifted_B1[:, 0] - log_s_B
-            lse_C[block] = max_B1[:, 0] + log_s_B
-        return logp_C, entropy_C, sum_C, lse_C
+                z_BV.clamp_(min=-1e4)  # there p is 0, and 0 · −inf would make the entropy NaN
+            log_sum_B = -p_BV.amax(dim=-1).log()  # the largest p is exp(0)/Σ exp
+            entropy_C[block] = log_sum_B - torch.linalg.vecdot(p_BV, z_BV)
+            logp_C[block] = target_B - log_sum_B
+            lse_C[block] = max_B + log_sum_B
+            z_BV.copy_(p_BV)
+        return logp_C, entropy_C, lse_C
 
-    def entropy_gradient_(self, e_CV: Tensor, k_C: Tensor, g_C: Tensor, entropy_C: Tensor, sum_C: Tensor) -> None:
-        """e ← k·e + g·e·(log p + H), in place: −β·w·H has the derivative β·w·p·(log p + H)/temperature in z."""
-        for start in range(0, len(e_CV), len(self.work_BV)):
-            block = slice(start, start + len(self.work_BV))
-            e_BV, g_B1 = e_CV[block], g_C[block, None]
-            work_BV = torch.special.xlogy(e_BV, e_BV, out=self.work_BV[: len(e_BV)]).mul_(g_B1)
-            e_BV.mul_(k_C[block, None] + g_B1 * (entropy_C[block, None] - sum_C[block, None].log())).add_(work_BV)
+    def accumulate(
+        self, p_CV: Tensor, rows_C: Tensor, coef_C: Tensor, entropy_C: Tensor | None = None, g_C: Tensor | None = None
+    ) -> None:
+        """Add the gradients that flow from a chunk's softmax p, which is used up.
 
-    def accumulate(self, d_CV: Tensor, hidden_CD: Tensor, k_C: Tensor, rows_C: Tensor) -> None:
-        """Add the gradients of logits whose gradient is k·d; the rows with k = 0 are taken out first."""
-        active = (k_C != 0).nonzero().flatten()
-        if len(active) < len(k_C):
-            d_CV = self.compact_(d_CV, active)
-            hidden_CD, k_C, rows_C = hidden_CD[active], k_C[active], rows_C[active]
+        coef_C: c, the loss's derivative in log π. g_C: minus its derivative in the entropy, where there is a bonus.
+        """
+        k_C = -coef_C.to(self.wide) / self.inputs.temperature
+        active = (k_C != 0 if g_C is None else (k_C != 0) | (g_C != 0)).nonzero().flatten()
         if not len(active):
             return
+        rows_A, k_A1 = rows_C[active], k_C[active, None]
+        targets_A1 = self.inputs.targets_T[rows_A, None]
+        if self.product == self.wide and g_C is None:
+            d_AV = self._compact_(p_CV, active)
+            d_AV.scatter_add_(1, targets_A1, d_AV.new_full((len(active), 1), -1.0))
+        else:
+            bonus = None if g_C is None else (g_C[active, None] / self.inputs.temperature, entropy_C[active, None])
+            d_AV = self._dlogits_(p_CV, active, targets_A1, k_A1, bonus)
+            k_A1 = torch.ones_like(k_A1)
         if self.dhidden_TD is not None:
-            self.dhidden_TD[rows_C] = (torch.mm(d_CV, self.head_VD) * k_C[:, None]).to(self.dhidden_TD.dtype)
+            self.dhidden_TD[rows_A] = (self._times_head(d_AV) * k_A1).to(self.dhidden_TD.dtype)
         if self.dhead_VD is not None:
-            self.dhead_VD.addmm_(d_CV.T, hidden_CD * k_C[:, None])
+            self._add_to_dhead(d_AV, (self.hidden_TD[rows_A] * k_A1).to(self.product))
         if self.dbias_V is not None:
-            self.dbias_V.addmv_(d_CV.T, k_C)
+            self.dbias_V += torch.mv(d_AV.T, k_A1[:, 0].to(self.product))
 
-    def compact_(self, d_CV: Tensor, active: Tensor) -> Tensor:
+    def _compact_(self, d_CV: Tensor, active: Tensor) -> Tensor:
         """Move the active rows to the front, in place; ascending, so none is overwritten before it is read."""
-        for start in range(0, len(active), len(self.work_BV)):
-            source = active[start : start + len(self.work_BV)]
-            rows_BV = torch.index_select(d_CV, 0, source, out=self.work_BV[: len(source)])
-            d_CV[start : start + len(source)] = rows_BV
+        if len(active) < len(d_CV):
+            for block in self.blocks(len(active)):
+                d_CV[block] = torch.index_select(d_CV, 0, active[block], out=self.work_BV[: block.stop - block.start])
         return d_CV[: len(active)]
 
+    def _dlogits_(
+        self, p_CV: Tensor, active: Tensor, targets_A1: Tensor, k_A1: Tensor, bonus: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The active rows' k·(p − onehot), plus g·p·(log p + H) for −g·H in the loss, in the products' dtype.
+
+        They are written over p, at the front: a bf16 row takes the first half of a float32 row's place.
+        """
+        d_CV = p_CV if self.product == self.wide else p_CV.view(self.product)[:, : p_CV.shape[1]]
+        for block in self.blocks(len(active)):
+            work_BV = torch.index_select(p_CV, 0, active[block], out=self.work_BV[: block.stop - block.start])
+            if bonus is None:
+                work_BV.mul_(k_A1[block])
+            else:
+                g_B1, entropy_B1 = (x[block] for x in bonus)
+                plogp_BV = torch.special.xlogy(work_BV, work_BV)
+                work_BV.mul_(k_A1[block] + g_B1 * entropy_B1).add_(plogp_BV.mul_(g_B1))
+            work_BV.scatter_add_(1, targets_A1[block], -k_A1[block])
+            d_CV[block] = work_BV
+        return d_CV[: len(active)]
+
+    def _times_head(self, d_AV: Tensor) -> Tensor:
+        if self.head_VD.dtype == self.product:
+            return torch.mm(d_AV, self.head_VD)
+        out_AD = d_AV.new_zeros(len(d_AV), self.head_VD.shape[1])
+        for block, head_UD in self.wide_head():
+            out_AD.addmm_(d_AV[:, block], head_UD)
+        return out_AD
+
+    def _add_to_dhead(self, d_AV: Tensor, hidden_AD: Tensor) -> None:
+        """dHead += dᵀ @ hidden; the first time it is set, which saves writing zeros."""
+        first, self.dhead_is_empty = self.dhead_is_empty, False
+        if self.dhead_VD.dtype == self.product:
+            if first:
+                torch.mm(d_AV.T, hidden_AD, out=self.dhead_VD)
+            else:
+                self.dhead_VD.addmm_(d_AV.T, hidden_AD)
+            return
+        V, D = self.dhead_VD.shape
+        scratch = self.head_UD.flatten().view(self.product)
+        for start in range(0, V, self.head_block):
+            block = slice(start, min(start + self.head_block, V))
+            part_UD = scratch[: (block.stop - start) * D].view(-1, D)
+            torch.mm(d_AV[:, block].T, hidden_AD, out=part_UD)
+            if first:
+                self.dhead_VD[block] = part_UD
+            else:
+                self.dhead_VD[block] += part_UD
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dHidden, dHead, dBias in the inputs' dtypes."""
-        head, bias = self.inputs.head_VD, self.inputs.bias_V
-        dhead_VD = None if self.dhead_VD is None else self.dhead_VD.to(head.dtype)
-        return self.dhidden_TD, dhead_VD, None if self.dbias_V is None else self.dbias_V.to(bias.dtype)
+        """dHidden, dHead, dBias in the inputs' dtypes. The pass is over: its workspace goes to the next one."""
+        self.workspace.give_back()
+        if self.dhead_VD is not None and self.dhead_is_empty:
+            self.dhead_VD.zero_()
+        dhead_VD = None if self.dhead_VD is None else self.dhead_VD.to(self.head_VD.dtype)
+        return self.dhidden_TD, dhead_VD, None if self.dbias_V is None else self.dbias_V.to(self.inputs.bias_V.dtype)
 
 
 def _refuse_double_backward(name: str) -> None:
@@ -125,40 +256,31 @@ def _refuse_double_backward(name: str) -> None:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
+    @fast_float32_matmul()
     def forward(ctx, hidden_TD, head_VD, bias_V, inputs: PolicyInputs, need: tuple[bool, bool, bool]):
-        T, temperature = len(inputs.targets_T), inputs.temperature
-        logp_T, entropy_T, loss_T = hidden_TD.new_zeros(3, T, dtype=inputs.wide)
-        bad_T = torch.zeros(T, dtype=torch.bool, device=hidden_TD.device)
+        logp_T, entropy_T, loss_T = hidden_TD.new_zeros(3, len(inputs.targets_T), dtype=inputs.wide)
+        bad_T = torch.zeros_like(inputs.targets_T, dtype=torch.bool)
         work = _Pass(inputs, max(len(inputs.rows_R), len(inputs.extra_E)), need)
 
         for rows_C in work.chunks(inputs.extra_E):
-            z_CV = work.logits(work.hidden(rows_C))
-            logp_T[rows_C], entropy_T[rows_C], _, _ = work.exp_(z_CV, inputs.targets_T[rows_C])
+            logp_T[rows_C], entropy_T[rows_C], _ = work.softmax_(work.logits(rows_C), inputs.targets_T[rows_C])
 
         for rows_C in work.chunks(inputs.rows_R):
-            hidden_CD, targets_C = work.hidden(rows_C), inputs.targets_T[rows_C]
-            e_CV = work.logits(hidden_CD)
-            logp_C, entropy_C, sum_C, _ = work.exp_(e_CV, targets_C)
+            p_CV = work.logits(rows_C)
+            logp_C, entropy_C, _ = work.softmax_(p_CV, inputs.targets_T[rows_C])
             loss_T[rows_C], coef_C, bad_C = coefficients(inputs, logp_C, rows_C)
             logp_T[rows_C], entropy_T[rows_C], bad_T[rows_C] = logp_C, entropy_C, bad_C
             if not any(need):
                 continue
-            k_C = torch.where(coef_C != 0, -coef_C / (sum_C * temperature), 0.0)
             if inputs.entropy_coef:
-                weights_C = torch.where(bad_C, 0.0, inputs.weights_T[rows_C].to(inputs.wide))
-                g_C = torch.where(bad_C, 0.0, inputs.entropy_coef * weights_C / (sum_C * temperature))
-                work.entropy_gradient_(e_CV, k_C, g_C, entropy_C, sum_C)
-                e_CV[torch.arange(len(e_CV), device=e_CV.device), targets_C] -= k_C * sum_C
-                k_C = torch.where(bad_C, 0.0, torch.ones_like(k_C))
+                g_C = torch.where(bad_C, 0.0, inputs.entropy_coef * inputs.weights_T[rows_C].to(inputs.wide))
+                work.accumulate(p_CV, rows_C, coef_C, entropy_C, g_C)
             else:
-                e_CV[torch.arange(len(e_CV), device=e_CV.device), targets_C] -= sum_C
-            work.accumulate(e_CV, hidden_CD, k_C, rows_C)
+                work.accumulate(p_CV, rows_C, coef_C)
 
-        weights_T = torch.where(bad_T | (loss_T == 0), 0.0, inputs.weights_T.to(inputs.wide))
-        loss = (weights_T * loss_T).sum()
-        if inputs.entropy_coef:
-            rows_R = inputs.rows_R[~bad_T[inputs.rows_R]]
-            loss = loss - inputs.entropy_coef * (inputs.weights_T[rows_R] * entropy_T[rows_R]).sum()
+        rows_R = inputs.rows_R[~bad_T[inputs.rows_R]]
+        bonus_R = inputs.entropy_coef * entropy_T[rows_R] if inputs.entropy_coef else 0.0
+        loss = (inputs.weights_T[rows_R].to(inputs.wide) * (loss_T[rows_R] - bonus_R)).sum()
         ctx.save_for_backward(*work.gradients())
         ctx.mark_non_differentiable(logp_T, entropy_T, loss_T, bad_T)
         return loss, logp_T, entropy_T, loss_T, bad_T
@@ -172,29 +294,30 @@ class _PolicyLoss(torch.autograd.Function):
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
+    @fast_float32_matmul()
     def forward(ctx, hidden_TD, head_VD, bias_V, inputs: HeadInputs, need: tuple[bool, bool, bool]):
         rows_T = torch.arange(len(inputs.targets_T), device=hidden_TD.device)
         logp_T, entropy_T, lse_T = hidden_TD.new_empty(3, len(rows_T), dtype=inputs.wide)
         work = _Pass(inputs, len(rows_T), (False, False, False))
         for rows_C in work.chunks(rows_T):
-            z_CV = work.logits(work.hidden(rows_C))
-            logp_T[rows_C], entropy_T[rows_C], _, lse_T[rows_C] = work.exp_(z_CV, inputs.targets_T[rows_C])
+            z_CV = work.logits(rows_C)
+            logp_T[rows_C], entropy_T[rows_C], lse_T[rows_C] = work.softmax_(z_CV, inputs.targets_T[rows_C])
+        work.workspace.give_back()
         ctx.save_for_backward(hidden_TD, head_VD, bias_V, inputs.targets_T, lse_T)
         ctx.inputs, ctx.need = inputs, need
         ctx.mark_non_differentiable(entropy_T)
         return logp_T, entropy_T
 
     @staticmethod
+    @fast_float32_matmul()
     def backward(ctx, dlogp_T, _):
         _refuse_double_backward("linear_logprobs")
-        _, _, _, targets_T, lse_T = ctx.saved_tensors  # also raises where an input was modified in place since
+        lse_T = ctx.saved_tensors[-1]  # asking for them also refuses inputs that were modified in place since
         rows_R = (dlogp_T != 0).nonzero().flatten()
         work = _Pass(ctx.inputs, len(rows_R), ctx.need)
         for rows_C in work.chunks(rows_R):
-            hidden_CD = work.hidden(rows_C)
-            p_CV = work.logits(hidden_CD).sub_(lse_T[rows_C, None]).exp_()
-            p_CV[torch.arange(len(p_CV), device=p_CV.device), targets_T[rows_C]] -= 1
-            work.accumulate(p_CV, hidden_CD, -dlogp_T[rows_C].to(work.wide) / ctx.inputs.temperature, rows_C)
+            p_CV = work.logits(rows_C).sub_(lse_T[rows_C, None]).exp_()
+            work.accumulate(p_CV, rows_C, dlogp_T[rows_C])
         return *work.gradients(), None, None
 
 

@@ -65,6 +65,10 @@ class HeadInputs:
             raise ConfigError(
                 f"temperature = {self.temperature}: must be a positive finite number; 1.0 is the policy's own"
             )
+        if self.compute_dtype not in (None, torch.float32, torch.float64):
+            raise ConfigError(
+                f"compute_dtype = {self.compute_dtype}: use torch.float32, or None for the inputs' own dtype"
+            )
         if self.memory_budget <= 0:
             raise ConfigError(f"memory_budget = {self.memory_budget}: must be a positive number of bytes")
 
