@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -230,6 +231,7 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
             finished = trainer.run()
     finally:
         close()
+    page = write_report(run_dir, console)
     if not finished:
         raise Interrupted(f"stopped after step {trainer.step} and saved; go on with: cispo train --resume {run_dir}")
     summary(
@@ -239,7 +241,7 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
         after=trainer.after,
         first_eval=trainer.first_eval,
         last_eval=trainer.last_eval,
-        next_steps=next_steps(config, run_dir),
+        next_steps=next_steps(config, run_dir, page),
     )
     return run_dir
 
@@ -248,9 +250,22 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the run was saved. The message says how to resume."""
 
 
-def next_steps(config: Config, run_dir: Path) -> list[str]:
+def write_report(run_dir: Path, console: Console) -> Path | None:
+    """The run's page. A report that cannot be written must not cost the run, so it is said and passed over."""
+    from cispo.report.page import write_page
+    from cispo.report.runs import find_runs
+
+    try:
+        return write_page(run_dir / "report.html", find_runs([run_dir]))
+    except (CispoError, OSError) as error:
+        console.print(f"[yellow]warning:[/] no report was written: {escape(str(error))}", soft_wrap=True)
+        return None
+
+
+def next_steps(config: Config, run_dir: Path, page: Path | None) -> list[str]:
     """What to try after a run."""
-    lines = [
+    lines = [f"look at it         open {page} in a browser"] if page else []
+    lines += [
         f"talk to it         cispo sample {run_dir}",
         f"evaluate it        cispo eval {run_dir}",
     ]
@@ -286,7 +301,17 @@ def run_train(words: list[str], console: Console) -> int:
     if "--help" in words or "-h" in words:
         help_for_config("cispo train", [w for w in words if w not in ("-h", "--help")])
         return 0
-    recipe, resume, rest = None, None, list(words)
+    rest, tiny_wanted = _without(words, "--tiny")
+    system, rest = _option(rest, "--like")
+    if system is not None:
+        from cispo import dialects
+
+        translation = dialects.translate(system, rest)
+        for warning in translation.warnings:
+            console.print(f"[yellow]{system}:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+        train(dialects.tiny(translation.config) if tiny_wanted else translation.config, console=console)
+        return 0
+    recipe, resume = None, None
     if rest and not rest[0].startswith("--"):
         recipe = rest.pop(0)
     if "--resume" in rest:
@@ -299,8 +324,64 @@ def run_train(words: list[str], console: Console) -> int:
             raise ConfigError(f"--resume {resume}: holds no run (there is no config.yaml)")
     if resume:
         rest += ["--run_dir", resume]
-    train(configs.load(recipe, rest), resume=resume is not None, console=console)
+    config = configs.load(recipe, rest)
+    if tiny_wanted:
+        from cispo import dialects
+
+        config = dialects.tiny(config)
+    train(config, resume=resume is not None, console=console)
     return 0
+
+
+def run_explain(words: list[str], console: Console) -> int:
+    """`cispo explain [RECIPE.yaml | --like SYSTEM ...] [--format text|yaml|json] [overrides]`."""
+    from cispo import dialects
+
+    if "--help" in words or "-h" in words:
+        console.print(
+            "usage: cispo explain [RECIPE.yaml] [--section.field value ...] [--format text|yaml|json]\n"
+            f"       cispo explain --like SYSTEM ...    SYSTEM is one of {', '.join(dialects.SYSTEMS)}\n\n"
+            "Prints the config that a recipe or another system's settings come to, the band of the importance weight,\n"
+            "where each number came from, what has no meaning here, and warnings.",
+            highlight=False,
+            markup=False,
+        )
+        return 0
+    form, rest = _option(words, "--format")
+    if form not in (None, "text", "yaml", "json"):
+        raise ConfigError(f"--format {form}: choose from text, yaml, json")
+    system, rest = _option(rest, "--like")
+    rest, tiny_wanted = _without(rest, "--tiny")
+    if system is not None:
+        translation = dialects.translate(system, rest)
+    else:
+        recipe = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        raw = configs.merge(recipe, rest)
+        translation = dialects.of_config(configs.validate(raw, source=recipe or "the command line"), raw)
+    if tiny_wanted:
+        translation = dialects.of_config(dialects.tiny(translation.config), translation.raw)
+    if form in (None, "text"):
+        dialects.show(translation, console)
+    else:
+        sys.stdout.write(dialects.explain(translation, form))
+    return 0
+
+
+def _option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name value` or `--name=value`, and the other words."""
+    rest = list(words)
+    for at, word in enumerate(rest):
+        if word == name:
+            if at + 1 == len(rest):
+                raise ConfigError(f"{name}: needs a value")
+            return rest[at + 1], rest[:at] + rest[at + 2 :]
+        if word.startswith(name + "="):
+            return word.partition("=")[2], rest[:at] + rest[at + 1 :]
+    return None, rest
+
+
+def _without(words: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    return [word for word in words if word != flag], flag in words
 
 
 def help_for_config(prog: str, words: list[str]) -> None:
@@ -320,14 +401,6 @@ def help_for_config(prog: str, words: list[str]) -> None:
             "type, such as --algorithm.objective.type ppo_clip or --task.type jsonl."
         ),
     )
-
-
-@dataclass
-class EvalOptions:
-    """Evaluate a run's newest checkpoint, or a recipe's model, on the held-out prompts."""
-
-    what: Annotated[str | None, tyro.conf.Positional] = None
-    """A run folder or a recipe; nothing means the embedded default."""
 
 
 def run_eval(words: list[str], console: Console) -> int:
@@ -512,6 +585,20 @@ def run_export(words: list[str], console: Console) -> int:
     return 0
 
 
+def door(module: str, options: str, function: str, name: str) -> Callable[[list[str], Console], int]:
+    """A command that lives in its own room: its options are parsed by tyro, its function gives the exit status."""
+
+    def run(words: list[str], console: Console) -> int:
+        room = import_module(module)
+        parsed = tyro.cli(
+            getattr(room, options), prog=f"cispo {name}", args=words, use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,) if name == "serve" else (),
+        )  # fmt: skip
+        return getattr(room, function)(parsed)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Command:
     """One command: what it is for, and what runs it."""
@@ -522,9 +609,19 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model; without arguments, the embedded default", run_train),
+    "explain": Command("what a recipe, or another system's settings, mean here", run_explain),
     "eval": Command("held-out accuracy of a run or a recipe's model", run_eval),
     "sample": Command("talk to a model or a run's newest checkpoint", run_sample),
     "export": Command("write a run's checkpoint as a transformers folder", run_export),
+    "report": Command(
+        "one HTML file about one run or several", door("cispo.report.page", "ReportOptions", "report", "report")
+    ),
+    "fit": Command("forecast held-out reward over compute", door("cispo.report.forecast", "FitOptions", "fit", "fit")),
+    "compare": Command(
+        "recipes against each other on paired seeds",
+        door("cispo.report.compare", "CompareOptions", "compare", "compare"),
+    ),
+    "serve": Command("the Tinker API on this machine", door("cispo.server", "ServeOptions", "serve", "serve")),
 }
 
 

@@ -657,10 +657,15 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ConfigError with every mistake at once.
     """
+    return validate(merge(path, overrides), source=str(path) if path else "the command line")
+
+
+def merge(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a file and overrides say together, not yet validated."""
     raw = read_yaml(path) if path is not None else {}
     for keys, value in parse_overrides(overrides):
         _put(raw, keys, value)
-    return validate(raw, source=str(path) if path else "the command line")
+    return raw
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from cispo.dialects import huggingface, hydra, miles, nemo_rl, tinker
 from cispo.dialects.draft import Translation, band_of
-from cispo.dialects.explain import explain, explain_config, show
+from cispo.dialects.explain import explain, explain_config, of_config, show
 from cispo.dialects.tiny import tiny
 from cispo.types import ConfigError
 
@@ -45,4 +45,4 @@ def translate(system: str, arguments: Sequence[str]) -> Translation:
     return TRANSLATORS[system](list(arguments))
 
 
-__all__ = ["SYSTEMS", "Translation", "band_of", "explain", "explain_config", "show", "tiny", "translate"]
+__all__ = ["SYSTEMS", "Translation", "band_of", "explain", "explain_config", "of_config", "show", "tiny", "translate"]
