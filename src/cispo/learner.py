@@ -4,13 +4,13 @@ A batch is laid out in padded micro-batches of similar length; each runs the bac
 of the padding, and hands them to the fused head, which turns any objective into a gradient in one pass. The layout
 cannot change the result, because the weights already carry the whole window's normaliser. Parameters that are not
 float32 are trained through float32 master copies, in which gradients are accumulated too. Left out on purpose: what the
-objective is (`objectives.py`), when to step (`trainer.py`), and several ranks (`cluster.py`).
+objective is (`objectives.py`), when to step (`trainer.py`), and several ranks (`sharded.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,37 +94,51 @@ class LocalLearner:
         try:
             for micro in self._micro_batches(batch):
                 hidden_TD = self._hidden(self.model, micro)
-                head_VD, bias_V = models.head_of(self.model)
-                inputs = (hidden_TD, head_VD, batch.targets_T[micro.outside].to(self._device))
-                columns = {name: c[micro.outside].to(self._device) for name, c in batch.columns.items()}
-                weights_T = batch.weights_T[micro.outside].to(self._device)
-                head: dict[str, Any] = {
-                    "bias_V": bias_V,
-                    "temperature": temperature / self._logit_scale,
-                    "backend": self._layout.head_backend,
-                    "compute_dtype": self._head_dtype,
-                }
-                if is_sequence_level(objective):
-                    logprobs_T, entropy_T = linear_logprobs(*inputs, **head)
-                    result = sequence_loss(
-                        objective, logprobs_T, entropy_T, columns=columns, weights_T=weights_T, nonfinite=nonfinite
-                    )
-                else:
-                    result = linear_policy_loss(
-                        *inputs,
-                        objective=objective,
-                        columns=columns,
-                        weights_T=weights_T,
-                        nonfinite=nonfinite,
-                        entropy_coef=entropy_bonus,
-                        **head,
-                    )
+                head = self._head(self.model)
+                result = self._loss(batch, micro, hidden_TD, head, objective, temperature, nonfinite, entropy_bonus)
                 result.loss.backward()
                 output.add(micro, result.logprobs_T, result.entropy_T, float(result.loss.detach()), result.dropped)
+            return self._collect(batch, output)
         except BaseException:
             self.zero_grad()
             raise
-        return output.done()
+
+    def _loss(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        hidden_TD: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        objective: Objective,
+        temperature: float,
+        nonfinite: str,
+        entropy_bonus: float,
+    ) -> LinearPolicyLoss:
+        """The loss of one micro-batch, from its hidden states."""
+        head_VD, bias_V = head
+        inputs = (hidden_TD, head_VD, batch.targets_T[micro.outside].to(self._device))
+        columns = {name: c[micro.outside].to(self._device) for name, c in batch.columns.items()}
+        weights_T = batch.weights_T[micro.outside].to(self._device)
+        options: dict[str, Any] = {
+            "bias_V": bias_V,
+            "temperature": temperature / self._logit_scale,
+            "backend": self._layout.head_backend,
+            "compute_dtype": self._head_dtype,
+        }
+        if is_sequence_level(objective):
+            logprobs_T, entropy_T = linear_logprobs(*inputs, **options)
+            return sequence_loss(
+                objective, logprobs_T, entropy_T, columns=columns, weights_T=weights_T, nonfinite=nonfinite
+            )
+        return linear_policy_loss(
+            *inputs,
+            objective=objective,
+            columns=columns,
+            weights_T=weights_T,
+            nonfinite=nonfinite,
+            entropy_coef=entropy_bonus,
+            **options,
+        )
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, reference: bool = False) -> LossOutput:
         """Log-probs and entropies at the batch's trained positions, under the policy or the reference model."""
@@ -134,18 +148,29 @@ class LocalLearner:
         output = _Output(batch)
         with torch.no_grad(), _without_adapter(model, reference and model is self.model):
             for micro in self._micro_batches(batch):
-                head_VD, bias_V = models.head_of(model)
-                logprobs_T, entropy_T = linear_logprobs(
-                    self._hidden(model, micro),
-                    head_VD,
-                    batch.targets_T[micro.outside].to(self._device),
-                    bias_V=bias_V,
-                    temperature=temperature / self._logit_scale,
-                    backend=self._layout.head_backend,
-                    compute_dtype=self._head_dtype,
-                )
+                hidden_TD = self._hidden(model, micro)
+                logprobs_T, entropy_T = self._logprobs(batch, micro, hidden_TD, self._head(model), temperature)
                 output.add(micro, logprobs_T, entropy_T, 0.0, 0)
-        return output.done()
+            return self._collect(batch, output)
+
+    def _logprobs(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        hidden_TD: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        head_VD, bias_V = head
+        return linear_logprobs(
+            hidden_TD,
+            head_VD,
+            batch.targets_T[micro.outside].to(self._device),
+            bias_V=bias_V,
+            temperature=temperature / self._logit_scale,
+            backend=self._layout.head_backend,
+            compute_dtype=self._head_dtype,
+        )
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
         """One AdamW step with the accumulated gradient, which is cleared. Raises NonFiniteError for a NaN gradient."""
@@ -155,9 +180,11 @@ class LocalLearner:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in self._masters]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norms = self._norms(gradients)
+        norm = float(torch.linalg.vector_norm(norms))
         if not math.isfinite(norm):
-            worst = next(n for n, g in zip(self._names, gradients, strict=True) if not bool(torch.isfinite(g).all()))
+            infinite = (n for n, size in zip(self._names, norms.tolist(), strict=True) if not math.isfinite(size))
+            worst = next(infinite, "their sum, each being finite")
             self.zero_grad()
             raise NonFiniteError(f"the gradient norm is {norm}; first in {worst}. No weight was changed")
         if params.grad_clip_norm and norm > params.grad_clip_norm:
@@ -219,6 +246,18 @@ class LocalLearner:
         models.export(self.model, self.loaded.tokenizer, folder, merge=merge)
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    # A learner of several ranks (`sharded.py`) changes these, `_micro_batches`, and how it saves; nothing else.
+
+    def _head(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        return models.head_of(model)
+
+    def _norms(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of each gradient."""
+        return torch.stack(torch._foreach_norm(list(gradients)))
+
+    def _collect(self, batch: Batch, output: _Output) -> LossOutput:
+        return output.done()
 
     def _named_masters(self) -> Iterator[tuple[str, Tensor]]:
         yield from zip(self._names, self._masters, strict=True)

@@ -20,9 +20,9 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -367,6 +367,11 @@ class BoundObjective:
     loss: Objective
     columns: tuple[str, ...]
     sequence_level: bool = False
+    source: AlgorithmConfig | None = None
+
+    def __reduce__(self) -> Any:
+        """Another process binds the same config again, because closures cannot travel."""
+        return (bind, (self.source,)) if self.source is not None else super().__reduce__()
 
     def __call__(self, logprobs_T: Tensor, **columns: Tensor) -> Tensor:
         return self.loss(logprobs_T, **{name: columns[name] for name in self.columns})
@@ -393,7 +398,7 @@ def bind(algorithm: AlgorithmConfig) -> BoundObjective:
     if algorithm.kl is not None and algorithm.kl.place == "loss":
         options = algorithm.kl.model_dump(exclude={"place"})
         bound = _wrap(with_kl(bound, **options), bound, "reference_logprobs")
-    return bound
+    return replace(bound, source=algorithm)
 
 
 def _wrap(loss: Objective, inner: BoundObjective, *columns: str) -> BoundObjective:
