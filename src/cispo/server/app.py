@@ -46,9 +46,9 @@ DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "s
 URL_SECONDS = 3600
 
 
-def create_app(service: Service, keys: Keys, lifespan: Any = None) -> ASGIApp:
+def create_app(service: Service, keys: Keys) -> ASGIApp:
     """The ASGI application of one service."""
-    app = FastAPI(title="cispo serve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="cispo serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Exception, _unexpected)
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(_open_routes(service))

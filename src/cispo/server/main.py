@@ -6,16 +6,16 @@ Left out on purpose: TLS (put a proxy in front), and several processes (one engi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +117,9 @@ def serve(options: ServeOptions) -> int:
     service = Service(models, store, settings, limits, metrics, hold_seconds=options.hold_seconds)
     url = f"http://{options.host if ':' not in options.host else f'[{options.host}]'}:{listening.getsockname()[1]}"
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        service.recover()
-        service.engine.start()
-        housekeeping = asyncio.create_task(_housekeeping(service, server))
-        log.info("serving", extra={"data": {"url": url, "models": list(models), "state_dir": str(store.folder)}})
-        _greet(url, new_key, list(models))
-        yield
-        housekeeping.cancel()
-
     server = _Server(
         uvicorn.Config(
-            create_app(service, keys, lifespan),
+            create_app(service, keys),
             log_config=None,
             access_log=False,
             timeout_keep_alive=75,
@@ -138,7 +128,10 @@ def serve(options: ServeOptions) -> int:
         ),
         service,
         options.drain_seconds,
+        lambda: _greet(url, new_key, list(models)),
     )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has ended, and the status is ours
     try:
         server.run(sockets=[listening])
     finally:
@@ -157,14 +150,29 @@ def serve(options: ServeOptions) -> int:
 class _Server(uvicorn.Server):
     """uvicorn, which finishes what is under way before it lets go of its connections."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float, greet: Callable[[], None]):
         super().__init__(config)
-        self._service, self._drain_seconds = service, drain_seconds
+        self._service, self._drain_seconds, self._greet = service, drain_seconds, greet
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Recover first: nothing is answered from half a state."""
+        self._service.recover()
+        self._service.engine.start()
+        housekeeping = asyncio.create_task(_housekeeping(self._service, self))
+        try:
+            await super().serve(sockets)
+        finally:
+            housekeeping.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._greet()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         service = self._service
         service.draining = True
-        if service.engine._thread.is_alive():
+        if service.engine.alive:
             await asyncio.to_thread(lambda: service.engine.stop(drain_seconds=self._drain_seconds))
         service.hold_seconds = 0.0
         await super().shutdown(sockets)
@@ -212,6 +220,7 @@ def _log_to_stderr() -> None:
 
 def _greet(url: str, new_key: str | None, models: list[str]) -> None:
     """For the person at the terminal; the only place where a key is ever written, and only the first time."""
+    log.info("serving", extra={"data": {"url": url, "models": models}})
     lines = [f"cispo serve: {url}  ({', '.join(models)})", f"  export TINKER_BASE_URL={url}"]
     if new_key is not None:
         lines += [

@@ -52,16 +52,16 @@ class AdapterSampler(LocalSampler):
     def _adapter_of(self, row: object) -> FrozenAdapter | None:
         return None if row is None else self._adapters.get(row.job.request.request_id)
 
-    def _prefill(self, entries: Sequence) -> None:
+    def _prefill(self, chosen: Sequence) -> None:
         """Prompts of one adapter at a time: equal prompts under two adapters are two sequences."""
-        groups: dict[int, list] = {}
-        for entry in entries:
-            groups.setdefault(id(self._adapters.get(entry.job.request.request_id)), []).append(entry)
+        groups: dict[int, tuple[FrozenAdapter | None, list]] = {}
+        for pair in chosen:
+            adapter = self._adapters.get(pair[1][0].job.request.request_id)
+            groups.setdefault(id(adapter), (adapter, []))[1].append(pair)
         self._in_prefill = True
         try:
-            for group in groups.values():
-                self._prefilling = self._adapters.get(group[0].job.request.request_id)
-                super()._prefill(group)
+            for self._prefilling, pairs in groups.values():
+                super()._prefill(pairs)
         finally:
             self._in_prefill, self._prefilling = False, None
 
