@@ -469,9 +469,9 @@ class OptimizerConfig(Section):
 class AsyncConfig(Section):
     max_staleness: NonNegativeInt = 0
     """How many RL steps the policy that wrote a token may be behind the one that trains on it. 0: synchronous."""
-    sampler: Literal["inline", "process"] | None = None
-    """Where the local sampler runs: in turn with the learner, on its weights; or beside it, in a process of its own
-    with a copy of them. None: inline when synchronous, process when not."""
+    sampler: Literal["inline", "process", "vllm"] | None = None
+    """Who samples, and where. The local sampler in turn with the learner, on its weights; or beside it, in a process of
+    its own with a copy of them; or vLLM (section `vllm`). None: inline when synchronous, process when not."""
     sampler_threads: PositiveInt = 1
     """CPU threads of the sampler's own process."""
     in_flight_weight_updates: bool = True
@@ -483,6 +483,44 @@ class AsyncConfig(Section):
     """A group that is still being sampled after this long is dropped, its slot given back, counted and logged."""
     watchdog_s: Positive = 1800.0
     """The run ends with an error when what it waits for makes no progress for this long."""
+
+
+class VllmConfig(Section):
+    """vLLM as the sampler (extra `vllm`; chosen by async.sampler: vllm)."""
+
+    url: str | None = None
+    """A running vLLM server, such as http://host:8000. None: an engine of this run's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: the learner's."""
+    tensor_parallel: PositiveInt = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The share of each GPU's memory that the engine may take, weights included."""
+    kv_cache_gib: Positive | None = None
+    """The key/value memory. None: what gpu_memory_utilization leaves; without a GPU, 1 GiB."""
+    max_sequences: PositiveInt = 256
+    """Completions that are decoded at once; others wait."""
+    context_length: PositiveInt | None = None
+    """Tokens of a prompt and its completion. None: the model's own."""
+    eager: bool | None = None
+    """Without CUDA graphs and compilation. None: eager without a GPU, compiled with one."""
+    weight_transfer: Literal["file", "nccl", "ipc"] = "file"
+    """How weights reach the engine: through a safetensors file in memory; or, on GPUs, by NCCL broadcast to a device of
+    its own, or by CUDA IPC on the learner's device."""
+    transfer_dir: str | None = None
+    """Where the file goes; a server must see the folder too. None: /dev/shm where it has the room, else the temporary
+    folder."""
+    max_restarts: NonNegativeInt = 3
+    """How often in an hour an engine that died is started again, with its requests. Once more, and the run ends."""
+    timeout_s: Positive = 300.0
+    """An engine that has answered nothing for this long counts as dead."""
+    start_timeout_s: Positive = 900.0
+    """How long an engine may take to start, or a server to come back."""
+    probe_updates: NonNegativeInt = 3
+    """After each of the first weight updates, the engine's log-probs are compared with the learner's."""
+    probe_every: NonNegativeInt = 20
+    """And after every so many. 0: after the first ones only."""
+    probe_tolerance: Positive | None = None
+    """The largest |difference| in nats that a probe accepts. None: 1e-3 in float32, 0.3 in bfloat16."""
 
 
 class EvalConfig(Section):
@@ -522,6 +560,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     asynchrony: Annotated[AsyncConfig, tyro.conf.arg(name="async")] = Field(default=AsyncConfig(), alias="async")
+    vllm: VllmConfig = VllmConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -554,6 +593,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"async.max_staleness: {config.asynchrony.max_staleness} with algorithm.anchor: proximal leaves the "
             "sampler's staleness uncorrected; use algorithm.anchor: sampler, or set an algorithm.correction"
+        )
+    truncated = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(rollout, name) != off]
+    if config.asynchrony.sampler == "vllm" and truncated:
+        yield (
+            f"rollout.{truncated[0]}: {getattr(rollout, truncated[0]):g} with async.sampler: vllm, whose log-probs are "
+            "of the truncated distribution, not of the policy; remove the truncation, or use async.sampler: process"
         )
     sequence_level = isinstance(algorithm.objective, GspoObjective) or (
         isinstance(algorithm.objective, FunctionObjective) and algorithm.objective.sequence_level
