@@ -29,7 +29,7 @@ from cispo.types import CispoError, ConfigError, DataError, RunError
 if TYPE_CHECKING:
     from cispo.model import LoadedModel
     from cispo.trainer import Observer, Trainer
-    from cispo.types import Task
+    from cispo.types import Sampler, Task
 
 INTERRUPTED = 130
 """Exit status of a run that Ctrl-C ended, as a shell gives it."""
@@ -131,7 +131,7 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
     from cispo.learner import LocalLearner
     from cispo.metrics import open_trackers
     from cispo.rollout import PromptCursor, Rollouts
-    from cispo.sampling.local import LocalSampler
+    from cispo.sampling.process import ProcessSampler
     from cispo.trainer import Trainer
 
     if config.threads is not None:
@@ -152,12 +152,7 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
         head_dtype=torch.float32 if config.model.head_dtype == "float32" else None,
         reference=reference,
     )
-    sampler = LocalSampler(
-        loaded.model,
-        loaded.tokenizer,
-        max_batch_rows=config.rollout.max_batch_rows,
-        eos_token_ids=models.eos_token_ids(loaded.model, loaded.tokenizer),
-    )
+    sampler = build_sampler(config, loaded)
     rollouts = Rollouts(
         config=config.rollout,
         asynchrony=config.asynchrony,
@@ -183,10 +178,38 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
 
     def close() -> None:
         rollouts.close()
+        if isinstance(sampler, ProcessSampler):
+            sampler.close()
         for tracker in trackers:
             tracker.close()
 
     return trainer, close
+
+
+def build_sampler(config: Config, loaded: LoadedModel) -> Sampler:
+    """In turn with the learner and on its weights, or beside it in a process of its own."""
+    from cispo import model as models
+    from cispo.sampling.local import LocalSampler
+    from cispo.sampling.process import ProcessOptions, ProcessSampler
+
+    asynchrony = config.asynchrony
+    options = {
+        "max_batch_rows": config.rollout.max_batch_rows,
+        "recompute_kv_on_update": asynchrony.recompute_kv,
+    }
+    place = asynchrony.sampler or ("process" if asynchrony.max_staleness else "inline")
+    if place == "inline":
+        eos = models.eos_token_ids(loaded.model, loaded.tokenizer)
+        return LocalSampler(loaded.model, loaded.tokenizer, eos_token_ids=eos, **options)
+    return ProcessSampler(
+        ProcessOptions(
+            path=loaded.path,
+            model=config.model,
+            sampler=options,
+            threads=asynchrony.sampler_threads,
+            drain=not asynchrony.in_flight_weight_updates,
+        )
+    )
 
 
 def new_run_dir(config: Config) -> Path:
