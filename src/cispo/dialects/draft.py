@@ -45,13 +45,17 @@ class Translation:
 
 @dataclass(frozen=True)
 class Setting:
-    """One of another system's settings: kind is float, int, bool, str, list or json."""
+    """One of another system's settings: kind is float, int, bool, str, list or json.
+
+    nullable: none is a value of its own (it is, in any case, where it is the default).
+    """
 
     name: str
     kind: str
     default: Any = None
     aliases: tuple[str, ...] = ()
     choices: tuple[Any, ...] = ()
+    nullable: bool = False
 
 
 class Given:
@@ -161,6 +165,8 @@ def coerce(raw: Any, setting: Setting) -> Any:
     elif len(words) != 1:
         raise ValueError(f"takes one value, not {len(words)}")
     elif words[0] is None or str(words[0]).lower() in ("none", "null", "~"):
+        if setting.default is not None and not setting.nullable:
+            raise ValueError(f"none is not a value here; leave it out for the default, {setting.default}")
         return None
     else:
         value = _scalar(words[0], setting.kind)
@@ -354,7 +360,7 @@ def cautions(config: c.Config) -> list[str]:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(theirs, ours): `--section.field value` with a section of ours goes to the config as an override."""
+    """(theirs, ours): `--section.field value` of ours, and --steps, --run_dir, --threads, go to the config."""
     sections = {f.alias or name for name, f in c.Config.model_fields.items()}
     theirs: list[str] = []
     ours: list[str] = []
@@ -362,7 +368,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in arguments:
         if word.startswith("--"):
             key = word[2:].partition("=")[0]
-            target = ours if "." in key and key.partition(".")[0].replace("-", "_") in sections else theirs
+            section = key.partition(".")[0].replace("-", "_")
+            own = section in sections if "." in key else section in ("steps", "run_dir", "threads")
+            target = ours if own else theirs
         elif target is ours and "=" in word and "." in word.partition("=")[0]:
             target = theirs
         target.append(word)

@@ -7,6 +7,7 @@ and everything about devices, engines, logging and hubs, which is listed as igno
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -177,7 +178,7 @@ TRL = _table(
     [
         Setting("vllm_importance_sampling_correction", "bool", True),
         Setting("vllm_importance_sampling_mode", "str", "sequence_mask", choices=_MODES),
-        Setting("vllm_importance_sampling_clip_max", "float", 3.0, ("vllm_importance_sampling_cap",)),
+        Setting("vllm_importance_sampling_clip_max", "float", 3.0, ("vllm_importance_sampling_cap",), nullable=True),
         Setting("vllm_importance_sampling_clip_min", "float", None),
         Setting("cast_lm_head_to_fp32", "bool", False),
         Setting("entropy_coef", "float", 0.0),
@@ -506,6 +507,9 @@ def _optimizer(draft: Draft, given: Given) -> None:
         draft.problem(
             f"{given.origin('warmup_steps')} and {given.origin('warmup_ratio')} contradict each other; keep one"
         )
+        return
+    if not math.isfinite(warmup or 0) or not math.isfinite(ratio or 0):
+        draft.problem(f"{given.origin('warmup_steps', 'warmup_ratio')}: must be finite")
         return
     if 0 < (warmup or 0) < 1:
         ratio, warmup = warmup, 0

@@ -23,8 +23,8 @@ _AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq
 _VERL_SETTINGS = [
     Setting(_A + "policy_loss.loss_mode", "str", "vanilla"),
     Setting(_A + "clip_ratio", "float", 0.2),
-    Setting(_A + "clip_ratio_low", "float", 0.2),
-    Setting(_A + "clip_ratio_high", "float", 0.2),
+    Setting(_A + "clip_ratio_low", "float", 0.2, nullable=True),
+    Setting(_A + "clip_ratio_high", "float", 0.2, nullable=True),
     Setting(_A + "clip_ratio_c", "float", 3.0),
     Setting(_A + "loss_agg_mode", "str", "token-mean", choices=_AGGREGATIONS),
     Setting(_A + "entropy_coeff", "float", 0.0),
@@ -38,7 +38,7 @@ _VERL_SETTINGS = [
     Setting(_A + "optim.weight_decay", "float", 0.01),
     Setting(_A + "optim.betas", "list", ["0.9", "0.999"]),
     Setting(_A + "optim.clip_grad", "float", 1.0, (_A + "grad_clip",)),
-    Setting(_A + "optim.lr_warmup_steps", "int", -1),
+    Setting(_A + "optim.lr_warmup_steps", "int", -1, nullable=True),
     Setting(_A + "optim.lr_scheduler_type", "str", "constant", (_A + "optim.warmup_style",), ("constant", "cosine")),
     Setting(_R + "n", "int", 1),
     Setting(_R + "temperature", "float", 1.0),
@@ -214,9 +214,6 @@ def _read(table: Table, arguments: Sequence[str]) -> tuple[Draft, Given, list[st
             raise ConfigError(f"--like {table.system}: {path}: no such file; give a YAML file or a.b=value")
         tree = trees.merge(tree, trees.load(path))
     trees.override(tree, theirs, draft)
-    last = {}
-    for name in table.spelled:
-        last.setdefault(name.rsplit(".", 1)[-1], []).append(name)
     values = []
     for key, value in trees.leaves(tree):
         try:
@@ -225,7 +222,7 @@ def _read(table: Table, arguments: Sequence[str]) -> tuple[Draft, Given, list[st
             if key in table.spelled:
                 draft.problem(str(error))
                 continue
-        names = last.get(key, []) if "." not in key else []
+        names = [name for name in table.spelled if name.endswith(f".{key}")] if key not in table.spelled else []
         if len(names) > 1:
             draft.problem(f"{key}: is one of {', '.join(names)}; write it in full")
             continue

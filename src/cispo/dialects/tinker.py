@@ -98,9 +98,10 @@ def translate(arguments: Sequence[str]) -> Translation:
 def _from_json(word: str) -> list:
     try:
         text = Path(word).read_text(encoding="utf-8") if not word.lstrip().startswith("{") else word
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible path
+        raise ConfigError(f"--like tinker: {word!r}: neither a JSON object nor a readable file ({error})") from None
+    try:
         values = json.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--like tinker: {word}: neither a JSON object nor a readable file ({error})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"--like tinker: {word}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
