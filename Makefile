@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-serve: $(VENV)/.installed-test
+serve: $(VENV)/.installed-server
 	$(BIN)/cispo serve
 
 lint: $(VENV)/.installed-test
@@ -34,6 +34,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-server: $(VENV)/.installed
+	@$(PIP) --editable '.[server]'
 	@touch $@
 
 clean:

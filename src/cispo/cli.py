@@ -644,6 +644,9 @@ COMMANDS: dict[str, Command] = {
         "recipes against each other on paired seeds",
         door("cispo.report.compare", "CompareOptions", "compare", "compare"),
     ),
+    "check": Command(
+        "bounds on a run's metrics, for nightly jobs", door("cispo.check", "CheckOptions", "check", "check")
+    ),
     "serve": Command("the Tinker API on this machine", door("cispo.server", "ServeOptions", "serve", "serve")),
 }
 
