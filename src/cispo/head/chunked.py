@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ _kept: list[np.ndarray] = []
 A call takes the buffer out of the list, so two threads never share one."""
 
 
-class _Workspace:
+class Workspace:
     """A flat scratch buffer, kept for the next call. On CPU numpy asks for huge pages, which torch does not."""
 
     def __init__(self, like: Tensor, numel: int, dtype: torch.dtype):
@@ -64,69 +65,83 @@ class _Workspace:
             _kept[:] = [self._bytes]
 
 
-class _Pass:
-    """The workspace and the accumulated gradients of one pass over at most `num_rows` rows."""
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one chunk of rows gave: their places in T, and log-prob of the target, entropy and log-sum-exp, [C] each."""
+
+    rows_C: Tensor
+    logp_C: Tensor
+    entropy_C: Tensor
+    lse_C: Tensor
+
+
+class Pass:
+    """The workspace and the accumulated gradients of one pass over at most `num_rows` rows.
+
+    Per chunk: `logits`, `reduce_`, and where gradients are wanted `accumulate`, which uses the chunk's logits up.
+    """
 
     def __init__(self, inputs: HeadInputs, num_rows: int, need: tuple[bool, bool, bool]):
         self.inputs, self.wide = inputs, inputs.wide
         narrow = inputs.compute_dtype is None and inputs.hidden_TD.dtype == torch.bfloat16
         self.product = torch.bfloat16 if narrow else self.wide  # float16 cannot hold dlogits: they go below 6e-8
-        hidden_TD, self.head_VD = inputs.hidden_TD.detach(), inputs.head_VD.detach()
-        self.hidden_TD = hidden_TD
+        self.hidden_TD, self.head_VD = inputs.hidden_TD.detach(), inputs.head_VD.detach()
         self.bias_V = None if inputs.bias_V is None else inputs.bias_V.detach().to(self.wide) / inputs.temperature
         self.has_neginf = self.bias_V is not None and bool(self.bias_V.isneginf().any())
-
-        (V, D), size = self.head_VD.shape, self.wide.itemsize
-        block = max(1, min(num_rows, min(_BLOCK, inputs.memory_budget // (8 * size)) // V))
-        budget = inputs.memory_budget - block * V * size
-        self.head_block = V
-        if self.head_VD.dtype != self.wide:
-            self.head_block = min(V, max(1, min(_HEAD_BLOCK, budget // (4 * size)) // D))
-            budget -= self.head_block * D * size
-        num_chunks = self._num_chunks(num_rows, budget)
         self.dhead_dtype = self.head_VD.dtype
-        narrow_head = self.dhead_dtype != self.wide
-        if num_chunks >= _WIDE_FROM and narrow_head and V * D * size <= inputs.memory_budget // 2:
-            self.dhead_dtype = self.wide
-            num_chunks = self._num_chunks(num_rows, budget - V * D * size)
-        chunk = max(1, math.ceil(num_rows / num_chunks))
-        block = min(block, chunk)
+        chunk, block, head_block = self._plan(num_rows)
 
-        head_scratch = self.head_block * D if self.head_VD.dtype != self.wide else 0
-        self.workspace = _Workspace(hidden_TD, (chunk + block) * V + head_scratch, self.wide)
-        logits, work, head_scratch = self.workspace.flat.split([chunk * V, block * V, head_scratch])
-        self.logits_CV, self.work_BV, self.head_UD = logits.view(-1, V), work.view(-1, V), head_scratch.view(-1, D)
-        self.dhidden_TD = torch.zeros_like(hidden_TD) if need[0] else None
+        V, D = self.head_VD.shape
+        self.workspace = Workspace(self.hidden_TD, (chunk + block) * V + head_block * D, self.wide)
+        logits, work, head = self.workspace.flat.split([chunk * V, block * V, head_block * D])
+        self.logits_CV, self.work_BV, self.head_UD = logits.view(-1, V), work.view(-1, V), head.view(-1, D)
+        self.dhidden_TD = torch.zeros_like(self.hidden_TD) if need[0] else None
         self.dhead_VD = torch.empty_like(self.head_VD, dtype=self.dhead_dtype) if need[1] else None
         self.dbias_V = self.head_VD.new_zeros(V, dtype=self.wide) if need[2] else None
         self.dhead_is_empty = True
 
-    def _num_chunks(self, num_rows: int, budget: int) -> int:
-        rows = max(1, budget // (self.head_VD.shape[0] * self.wide.itemsize))
-        return max(1, math.ceil(num_rows / rows))
+    def _plan(self, num_rows: int) -> tuple[int, int, int]:
+        """Rows of logits in a chunk, rows of a block within it, and rows of the head converted at a time (0: none)."""
+        (V, D), size, budget = self.head_VD.shape, self.wide.itemsize, self.inputs.memory_budget
+        block = self._block_rows(num_rows)
+        head_block = 0
+        if self.head_VD.dtype != self.wide:
+            head_block = min(V, max(1, min(_HEAD_BLOCK, budget // (8 * size)) // D))
+        left = budget - block * V * size - head_block * D * size
+        chunks = math.ceil(num_rows / max(1, left // self._row_bytes()))
+        if chunks >= _WIDE_FROM and self.head_VD.dtype != self.wide and V * D * size <= budget // 2:
+            self.dhead_dtype = self.wide
+            chunks = math.ceil(num_rows / max(1, (left - V * D * size) // self._row_bytes()))
+        chunk = max(1, math.ceil(num_rows / max(1, chunks)))
+        return chunk, min(block, chunk), head_block
+
+    def _block_rows(self, num_rows: int) -> int:
+        V, size = self.head_VD.shape[0], self.wide.itemsize
+        return max(1, min(num_rows, min(_BLOCK, self.inputs.memory_budget // (8 * size)) // V))
+
+    def _row_bytes(self) -> int:
+        return self.head_VD.shape[0] * self.wide.itemsize
 
     def chunks(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         return rows_R.split(len(self.logits_CV)) if len(rows_R) else ()
 
-    def blocks(self, rows: int) -> Iterator[slice]:
-        return (slice(i, min(i + len(self.work_BV), rows)) for i in range(0, rows, len(self.work_BV)))
-
     def wide_head(self) -> Iterator[tuple[slice, Tensor]]:
         """The head in the wide dtype, block by block of the vocabulary; whole, where it has that dtype already."""
-        V = len(self.head_VD)
-        for start in range(0, V, self.head_block):
-            block = slice(start, min(start + self.head_block, V))
-            if self.head_VD.dtype == self.wide:
-                yield block, self.head_VD[block]
-            else:
-                yield block, self.head_UD[: block.stop - block.start].copy_(self.head_VD[block])
+        if self.head_VD.dtype == self.wide:
+            yield slice(0, len(self.head_VD)), self.head_VD
+            return
+        for block in _blocks(len(self.head_VD), len(self.head_UD)):
+            yield block, self.head_UD[: block.stop - block.start].copy_(self.head_VD[block])
 
     def logits(self, rows_C: Tensor) -> Tensor:
         """Tempered logits of a chunk in the wide dtype, in the workspace."""
         z_CV = self.logits_CV[: len(rows_C)]
-        if (
-            _MM_OUT_DTYPE and z_CV.is_cuda and self.product != self.wide
-        ):  # tensor cores add up in float32 and can hand it out
+        if z_CV.is_cuda and _MM_OUT_DTYPE and self.product != self.wide:
+            # tensor cores add up in float32 and can hand it out: the head needs no conversion
             torch.mm(self.hidden_TD[rows_C], self.head_VD.T, out_dtype=self.wide, out=z_CV)
             z_CV.div_(self.inputs.temperature)
             return z_CV if self.bias_V is None else z_CV.add_(self.bias_V)
@@ -138,28 +153,31 @@ class _Pass:
                 torch.addmm(self.bias_V[block], hidden_CD, head_UD.T, out=z_CV[:, block])
         return z_CV
 
-    def softmax_(self, z_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z ← p = softmax z. Returns log-prob of the target, entropy and log-sum-exp, [C] each."""
+    def reduce_(self, z_CV: Tensor, rows_C: Tensor) -> Rows:
+        """Log-probs, entropies and log-sum-exps of a chunk's logits; z becomes p = softmax z on the way."""
+        targets_C = self.inputs.targets_T[rows_C]
         logp_C, entropy_C, lse_C = z_CV.new_empty(3, len(z_CV))
-        for block in self.blocks(len(z_CV)):
-            z_BV = z_CV[block]
-            max_B = z_BV.amax(dim=-1)
-            z_BV.sub_(max_B[:, None])
-            target_B = z_BV.gather(1, targets_C[block, None])[:, 0]
+        for block in _blocks(len(z_CV), len(self.work_BV)):
+            z_BV, targets_B1 = z_CV[block], targets_C[block, None]
             p_BV = torch.softmax(z_BV, dim=-1, out=self.work_BV[: len(z_BV)])
+            target_B, p_target_B = z_BV.gather(1, targets_B1)[:, 0], p_BV.gather(1, targets_B1)[:, 0]
+            lse_B = target_B - p_target_B.log()  # as exact as a sum of its own, and a pass over the logits cheaper
+            tiny = (p_target_B < 1e-30).nonzero().flatten()
+            if len(tiny):
+                lse_B[tiny] = z_BV[tiny].logsumexp(dim=-1)
             if self.has_neginf:
-                z_BV.clamp_(min=-1e4)  # there p is 0, and 0 · −inf would make the entropy NaN
-            log_sum_B = -p_BV.amax(dim=-1).log()  # the largest p is exp(0)/Σ exp
-            entropy_C[block] = log_sum_B - torch.linalg.vecdot(p_BV, z_BV)
-            logp_C[block] = target_B - log_sum_B
-            lse_C[block] = max_B + log_sum_B
+                z_BV.clamp_(min=-1e30)  # there p is 0, and 0 · −inf would make the entropy NaN
+            lse_C[block], logp_C[block] = lse_B, target_B - lse_B
+            entropy_C[block] = (lse_B - torch.linalg.vecdot(p_BV, z_BV)).clamp_(min=0.0)
             z_BV.copy_(p_BV)
-        return logp_C, entropy_C, lse_C
+        return Rows(rows_C, logp_C, entropy_C, lse_C)
 
-    def accumulate(
-        self, p_CV: Tensor, rows_C: Tensor, coef_C: Tensor, entropy_C: Tensor | None = None, g_C: Tensor | None = None
-    ) -> None:
-        """Add the gradients that flow from a chunk's softmax p, which is used up.
+    def reduced_(self, z_CV: Tensor, lse_C: Tensor) -> None:
+        """What `reduce_` does to the logits, where the log-sum-exps are known."""
+        z_CV.sub_(lse_C[:, None]).exp_()
+
+    def accumulate(self, p_CV: Tensor, rows: Rows, coef_C: Tensor, g_C: Tensor | None = None) -> None:
+        """Add the gradients that flow from a chunk after `reduce_`, which is used up.
 
         coef_C: c, the loss's derivative in log π. g_C: minus its derivative in the entropy, where there is a bonus.
         """
@@ -167,47 +185,41 @@ class _Pass:
         active = (k_C != 0 if g_C is None else (k_C != 0) | (g_C != 0)).nonzero().flatten()
         if not len(active):
             return
-        rows_A, k_A1 = rows_C[active], k_C[active, None]
-        targets_A1 = self.inputs.targets_T[rows_A, None]
+        rows_A = rows.rows_C[active]
+        d_AV, scale_A1 = self._dlogits(p_CV, rows, active, k_C, None if g_C is None else g_C / self.inputs.temperature)
+        if self.dhidden_TD is not None:
+            self.dhidden_TD[rows_A] = (self._times_head(d_AV) * scale_A1).to(self.dhidden_TD.dtype)
+        if self.dhead_VD is not None:
+            self._add_to_dhead(d_AV, (self.hidden_TD[rows_A] * scale_A1).to(self.product))
+        if self.dbias_V is not None:
+            self.dbias_V += torch.mv(d_AV.T, scale_A1[:, 0].to(self.product))
+
+    def _dlogits(
+        self, p_CV: Tensor, rows: Rows, active: Tensor, k_C: Tensor, g_C: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """d and a row scale: d·scale is the logits' gradient k·(p − onehot) + g·p·(log p + H) of the active rows."""
+        targets_A1, k_A1 = self.inputs.targets_T[rows.rows_C[active], None], k_C[active, None]
         if self.product == self.wide and g_C is None:
             d_AV = self._compact_(p_CV, active)
-            d_AV.scatter_add_(1, targets_A1, d_AV.new_full((len(active), 1), -1.0))
-        else:
-            bonus = None if g_C is None else (g_C[active, None] / self.inputs.temperature, entropy_C[active, None])
-            d_AV = self._dlogits_(p_CV, active, targets_A1, k_A1, bonus)
-            k_A1 = torch.ones_like(k_A1)
-        if self.dhidden_TD is not None:
-            self.dhidden_TD[rows_A] = (self._times_head(d_AV) * k_A1).to(self.dhidden_TD.dtype)
-        if self.dhead_VD is not None:
-            self._add_to_dhead(d_AV, (self.hidden_TD[rows_A] * k_A1).to(self.product))
-        if self.dbias_V is not None:
-            self.dbias_V += torch.mv(d_AV.T, k_A1[:, 0].to(self.product))
+            return d_AV.scatter_add_(1, targets_A1, d_AV.new_full((len(active), 1), -1.0)), k_A1
+        # written over p, at the front: a bf16 row takes the first half of a float32 row's place
+        d_CV = p_CV if self.product == self.wide else p_CV.view(self.product)[:, : p_CV.shape[1]]
+        for block in _blocks(len(active), len(self.work_BV)):
+            work_BV = torch.index_select(p_CV, 0, active[block], out=self.work_BV[: block.stop - block.start])
+            if g_C is None:
+                work_BV.mul_(k_A1[block])
+            else:
+                g_B1, entropy_B1 = g_C[active[block], None], rows.entropy_C[active[block], None]
+                plogp_BV = torch.special.xlogy(work_BV, work_BV)
+                work_BV.mul_(k_A1[block] + g_B1 * entropy_B1).add_(plogp_BV.mul_(g_B1))
+            d_CV[block] = work_BV.scatter_add_(1, targets_A1[block], -k_A1[block])
+        return d_CV[: len(active)], torch.ones_like(k_A1)
 
     def _compact_(self, d_CV: Tensor, active: Tensor) -> Tensor:
         """Move the active rows to the front, in place; ascending, so none is overwritten before it is read."""
         if len(active) < len(d_CV):
-            for block in self.blocks(len(active)):
+            for block in _blocks(len(active), len(self.work_BV)):
                 d_CV[block] = torch.index_select(d_CV, 0, active[block], out=self.work_BV[: block.stop - block.start])
-        return d_CV[: len(active)]
-
-    def _dlogits_(
-        self, p_CV: Tensor, active: Tensor, targets_A1: Tensor, k_A1: Tensor, bonus: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """The active rows' k·(p − onehot), plus g·p·(log p + H) for −g·H in the loss, in the products' dtype.
-
-        They are written over p, at the front: a bf16 row takes the first half of a float32 row's place.
-        """
-        d_CV = p_CV if self.product == self.wide else p_CV.view(self.product)[:, : p_CV.shape[1]]
-        for block in self.blocks(len(active)):
-            work_BV = torch.index_select(p_CV, 0, active[block], out=self.work_BV[: block.stop - block.start])
-            if bonus is None:
-                work_BV.mul_(k_A1[block])
-            else:
-                g_B1, entropy_B1 = (x[block] for x in bonus)
-                plogp_BV = torch.special.xlogy(work_BV, work_BV)
-                work_BV.mul_(k_A1[block] + g_B1 * entropy_B1).add_(plogp_BV.mul_(g_B1))
-            work_BV.scatter_add_(1, targets_A1[block], -k_A1[block])
-            d_CV[block] = work_BV
         return d_CV[: len(active)]
 
     def _times_head(self, d_AV: Tensor) -> Tensor:
@@ -227,11 +239,10 @@ class _Pass:
             else:
                 self.dhead_VD.addmm_(d_AV.T, hidden_AD)
             return
-        V, D = self.dhead_VD.shape
+        D = self.dhead_VD.shape[1]
         scratch = self.head_UD.flatten().view(self.product)
-        for start in range(0, V, self.head_block):
-            block = slice(start, min(start + self.head_block, V))
-            part_UD = scratch[: (block.stop - start) * D].view(-1, D)
+        for block in _blocks(len(self.dhead_VD), len(self.head_UD)):
+            part_UD = scratch[: (block.stop - block.start) * D].view(-1, D)
             torch.mm(d_AV[:, block].T, hidden_AD, out=part_UD)
             if first:
                 self.dhead_VD[block] = part_UD
@@ -257,26 +268,27 @@ def _refuse_double_backward(name: str) -> None:
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @fast_float32_matmul()
-    def forward(ctx, hidden_TD, head_VD, bias_V, inputs: PolicyInputs, need: tuple[bool, bool, bool]):
+    def forward(ctx, hidden_TD, head_VD, bias_V, inputs: PolicyInputs, need: tuple[bool, bool, bool], new_pass):
         logp_T, entropy_T, loss_T = hidden_TD.new_zeros(3, len(inputs.targets_T), dtype=inputs.wide)
         bad_T = torch.zeros_like(inputs.targets_T, dtype=torch.bool)
-        work = _Pass(inputs, max(len(inputs.rows_R), len(inputs.extra_E)), need)
+        work = new_pass(inputs, max(len(inputs.rows_R), len(inputs.extra_E)), need)
 
         for rows_C in work.chunks(inputs.extra_E):
-            logp_T[rows_C], entropy_T[rows_C], _ = work.softmax_(work.logits(rows_C), inputs.targets_T[rows_C])
+            rows = work.reduce_(work.logits(rows_C), rows_C)
+            logp_T[rows_C], entropy_T[rows_C] = rows.logp_C, rows.entropy_C
 
         for rows_C in work.chunks(inputs.rows_R):
-            p_CV = work.logits(rows_C)
-            logp_C, entropy_C, _ = work.softmax_(p_CV, inputs.targets_T[rows_C])
-            loss_T[rows_C], coef_C, bad_C = coefficients(inputs, logp_C, rows_C)
-            logp_T[rows_C], entropy_T[rows_C], bad_T[rows_C] = logp_C, entropy_C, bad_C
+            z_CV = work.logits(rows_C)
+            rows = work.reduce_(z_CV, rows_C)
+            logp_T[rows_C], entropy_T[rows_C] = rows.logp_C, rows.entropy_C
+            loss_T[rows_C], coef_C, bad_T[rows_C] = coefficients(inputs, rows.logp_C, rows_C)
             if not any(need):
                 continue
+            g_C = None
             if inputs.entropy_coef:
-                g_C = torch.where(bad_C, 0.0, inputs.entropy_coef * inputs.weights_T[rows_C].to(inputs.wide))
-                work.accumulate(p_CV, rows_C, coef_C, entropy_C, g_C)
-            else:
-                work.accumulate(p_CV, rows_C, coef_C)
+                weights_C = inputs.weights_T[rows_C].to(inputs.wide)
+                g_C = torch.where(bad_T[rows_C], 0.0, inputs.entropy_coef * weights_C)
+            work.accumulate(z_CV, rows, coef_C, g_C)
 
         rows_R = inputs.rows_R[~bad_T[inputs.rows_R]]
         bonus_R = inputs.entropy_coef * entropy_T[rows_R] if inputs.entropy_coef else 0.0
@@ -289,22 +301,22 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         _refuse_double_backward("linear_policy_loss")
         scaled = [x if x is None or dloss == 1 else x * dloss.to(x.dtype) for x in ctx.saved_tensors]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     @fast_float32_matmul()
-    def forward(ctx, hidden_TD, head_VD, bias_V, inputs: HeadInputs, need: tuple[bool, bool, bool]):
+    def forward(ctx, hidden_TD, head_VD, bias_V, inputs: HeadInputs, need: tuple[bool, bool, bool], new_pass):
         rows_T = torch.arange(len(inputs.targets_T), device=hidden_TD.device)
         logp_T, entropy_T, lse_T = hidden_TD.new_empty(3, len(rows_T), dtype=inputs.wide)
-        work = _Pass(inputs, len(rows_T), (False, False, False))
+        work = new_pass(inputs, len(rows_T), (False, False, False))
         for rows_C in work.chunks(rows_T):
-            z_CV = work.logits(rows_C)
-            logp_T[rows_C], entropy_T[rows_C], lse_T[rows_C] = work.softmax_(z_CV, inputs.targets_T[rows_C])
+            rows = work.reduce_(work.logits(rows_C), rows_C)
+            logp_T[rows_C], entropy_T[rows_C], lse_T[rows_C] = rows.logp_C, rows.entropy_C, rows.lse_C
         work.workspace.give_back()
-        ctx.save_for_backward(hidden_TD, head_VD, bias_V, inputs.targets_T, lse_T)
-        ctx.inputs, ctx.need = inputs, need
+        ctx.save_for_backward(hidden_TD, head_VD, bias_V, inputs.targets_T, logp_T, lse_T)
+        ctx.inputs, ctx.need, ctx.new_pass = inputs, need, new_pass
         ctx.mark_non_differentiable(entropy_T)
         return logp_T, entropy_T
 
@@ -312,13 +324,14 @@ class _Logprobs(torch.autograd.Function):
     @fast_float32_matmul()
     def backward(ctx, dlogp_T, _):
         _refuse_double_backward("linear_logprobs")
-        lse_T = ctx.saved_tensors[-1]  # asking for them also refuses inputs that were modified in place since
+        *_, logp_T, lse_T = ctx.saved_tensors  # asking for them also refuses inputs that were modified in place since
         rows_R = (dlogp_T != 0).nonzero().flatten()
-        work = _Pass(ctx.inputs, len(rows_R), ctx.need)
+        work = ctx.new_pass(ctx.inputs, len(rows_R), ctx.need)
         for rows_C in work.chunks(rows_R):
-            p_CV = work.logits(rows_C).sub_(lse_T[rows_C, None]).exp_()
-            work.accumulate(p_CV, rows_C, dlogp_T[rows_C])
-        return *work.gradients(), None, None
+            z_CV, lse_C = work.logits(rows_C), lse_T[rows_C]
+            work.reduced_(z_CV, lse_C)
+            work.accumulate(z_CV, Rows(rows_C, logp_T[rows_C], torch.zeros_like(lse_C), lse_C), dlogp_T[rows_C])
+        return *work.gradients(), None, None, None
 
 
 def _needs(inputs: HeadInputs) -> tuple[bool, bool, bool]:
@@ -327,11 +340,11 @@ def _needs(inputs: HeadInputs) -> tuple[bool, bool, bool]:
     return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable)
 
 
-def policy_loss(inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def policy_loss(inputs: PolicyInputs, new_pass: type[Pass] = Pass) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.policy_loss`."""
-    return _PolicyLoss.apply(inputs.hidden_TD, inputs.head_VD, inputs.bias_V, inputs, _needs(inputs))
+    return _PolicyLoss.apply(inputs.hidden_TD, inputs.head_VD, inputs.bias_V, inputs, _needs(inputs), new_pass)
 
 
-def logprobs(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+def logprobs(inputs: HeadInputs, new_pass: type[Pass] = Pass) -> tuple[Tensor, Tensor]:
     """As `reference.logprobs` at every row, the entropy detached."""
-    return _Logprobs.apply(inputs.hidden_TD, inputs.head_VD, inputs.bias_V, inputs, _needs(inputs))
+    return _Logprobs.apply(inputs.hidden_TD, inputs.head_VD, inputs.bias_V, inputs, _needs(inputs), new_pass)
