@@ -247,7 +247,12 @@ class LocalLearner:
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    # A learner of several ranks (`sharded.py`) changes these, `_micro_batches`, and how it saves; nothing else.
+    # A learner of several ranks (`sharded.py`) changes these, and how it saves; nothing else.
+
+    def _layout_rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of each micro-batch, by index. An empty one runs a token that is not trained."""
+        layout = self._layout
+        return micro_batches(lengths, budget=layout.micro_batch_tokens, max_padding_share=layout.max_padding_share)
 
     def _head(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
         return models.head_of(model)
@@ -272,20 +277,20 @@ class LocalLearner:
         kept = [i for i, positions in enumerate(trained_rows) if len(positions)]
         # Nothing after a row's last trained position is read by what is trained (the model is causal).
         used = {i: int(trained_rows[i][-1]) + 1 for i in kept}
-        for chosen in micro_batches(
-            [used[i] for i in kept],
-            budget=self._layout.micro_batch_tokens,
-            max_padding_share=self._layout.max_padding_share,
-        ):
+        none = torch.empty(0, dtype=torch.long)
+        for chosen in self._layout_rows([used[i] for i in kept]):
             indices = [kept[c] for c in chosen]
-            tokens_BS, attention_mask_BS = pad_rows([batch.rows[i][: used[i]] for i in indices])
+            rows = [batch.rows[i][: used[i]] for i in indices] or [torch.zeros(1, dtype=torch.long)]
+            tokens_BS, attention_mask_BS = pad_rows(rows)
             width = tokens_BS.shape[1]
             yield _MicroBatch(
                 tokens_BS=tokens_BS.to(self._device),
                 attention_mask_BS=None if attention_mask_BS is None else attention_mask_BS.to(self._device),
-                positions_BS=torch.arange(width, device=self._device).expand(len(indices), -1),
-                inside=torch.cat([trained_rows[i] + b * width for b, i in enumerate(indices)]).to(self._device),
-                outside=torch.cat([trained_rows[i] + starts[i] for i in indices]),
+                positions_BS=torch.arange(width, device=self._device).expand(len(rows), -1),
+                inside=torch.cat([none, *(trained_rows[i] + b * width for b, i in enumerate(indices))]).to(
+                    self._device
+                ),
+                outside=torch.cat([none, *(trained_rows[i] + starts[i] for i in indices)]),
             )
 
     @staticmethod

@@ -225,25 +225,36 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, *, merge: bool = True) -> None:
-    """Write an ordinary transformers folder; with LoRA and `merge=False`, an ordinary peft adapter folder."""
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    merge: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an ordinary transformers folder; with LoRA and `merge=False`, an ordinary peft adapter folder.
+
+    weights: whole ones, where the model's own are sharded; by `merged_weights`' names, or the adapter's for its folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if is_lora(model) and merge:
-        weights = merged_weights(model)
+        weights = merged_weights(model) if weights is None else weights
         inner = causal_lm(model)
         tied = getattr(inner, "_tied_weights_keys", None) or {}
         inner.config.save_pretrained(folder)
         _save_weights(
-            {name: tensor for name, tensor in weights.items() if name not in tied or not _is_tied(inner)}, folder
+            {name: tensor for name, tensor in weights.items() if name not in tied or not is_tied(inner)}, folder
         )
         if inner.can_generate():
             inner.generation_config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
-def _is_tied(model: nn.Module) -> bool:
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embedding's."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
