@@ -37,7 +37,7 @@ TOKEN_BUDGET = 400_000
 METRIC_BUDGET = 600_000
 """Numbers of metrics.jsonl in a page: about 8 bytes each."""
 INSPECTED_STEPS, COUNTED_STEPS = 24, 120
-READ_BYTES = 200_000_000
+READ_BYTES = 100_000_000
 """Of rollout files read for one page."""
 
 

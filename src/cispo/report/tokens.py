@@ -119,7 +119,7 @@ def _column(values: Any, n: int) -> Array:
     """float64 [n]; NaN for null, and for a column that does not have one value a token."""
     if not isinstance(values, list) or len(values) != n:
         return np.full(n, np.nan)
-    return np.array([np.nan if v is None else v for v in values], float)
+    return np.array(values, float)  # None becomes NaN
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class ForkCounter:
             if min(first[1], last[1]) < fewest:
                 continue
             p_first, p_last = (first[0] + 0.5) / (first[1] + 1), (last[0] + 0.5) / (last[1] + 1)
-            if p_last > p_first:
+            if p_last > p_first and last[0] * first[1] > first[0] * last[1]:
                 share = sum(c.get(pair, 0) for c in by_step[-half:]) / tokens_late
                 found.append((share * float(np.log(p_last / p_first)), pair, first, last))
         found.sort(key=lambda f: (-f[0], f[1]))
