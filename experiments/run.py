@@ -44,7 +44,7 @@ def fork_tokens(work: Path, jobs: int | None) -> None:
             chosen[f"{arm}/{updates}"] = best
         keep(search, f"a-search-{updates}")
     (HERE / "results" / "a-rates.json").write_text(json.dumps(chosen, indent=1) + "\n")
-    for updates, steps in STEPS.items():
+    for updates, steps in reversed(STEPS.items()):
         folder = work / f"a-{updates}"
         folder.mkdir(parents=True, exist_ok=True)
         recipes = []
@@ -140,7 +140,7 @@ def keep(folder: Path, name: str, more: str = "") -> None:
     shutil.copy(folder / "comparison.json", target / f"{name}.json")
 
 
-PARTS = {"a": fork_tokens, "b": caps, "c": floors, "d": deciles}
+PARTS = {"a": fork_tokens, "d": deciles, "b": caps, "c": floors}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
