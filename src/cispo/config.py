@@ -262,7 +262,7 @@ class LearnerConfig(Section):
 
     micro_batch_tokens: PositiveInt = 16384
     """Padded tokens in one forward and backward."""
-    max_padding_share: Share = 0.25
+    max_padding_share: Share = 0.5
     """Rows are sorted by length and a micro-batch is cut before its padding exceeds this share."""
     head_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
 
@@ -523,6 +523,45 @@ class VllmConfig(Section):
     """The largest |difference| in nats that a probe accepts. None: 1e-3 in float32, 0.3 in bfloat16."""
 
 
+class ClusterConfig(Section):
+    """Where the learner and the samplers run. On the command line `--cluster ray` is `--cluster.kind ray`."""
+
+    kind: Literal["none", "torchrun", "ray"] = "none"
+    """This process; the ranks that torchrun started; or a Ray cluster (extra `ray`)."""
+    address: str | None = None
+    """Ray: `auto` joins the running cluster, or host:port. None: one on this machine, for this run."""
+    learner_ranks: PositiveInt = 1
+    """Ray: ranks that the learner's weights are sharded over."""
+    learner_cpus: NonNegative = 1.0
+    learner_gpus: NonNegative | None = None
+    """Of each rank. None: one where model.device says cuda, or says auto and the cluster has GPUs for all."""
+    samplers: PositiveInt = 1
+    """Ray: sampler actors, local or vLLM as async.sampler says."""
+    sampler_cpus: NonNegative = 1.0
+    sampler_gpus: NonNegative | None = None
+    """Of each sampler. None: as learner_gpus; with vLLM vllm.tensor_parallel of them."""
+    reward_workers: NonNegativeInt = 0
+    """Ray: processes that score completions. 0: scored in the trainer's process."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's strategy for putting ranks and samplers onto nodes."""
+    head_gather_gib: Positive = 2.0
+    """An untied head up to this size is gathered for a micro-batch; a larger one is used where it is sharded."""
+    start_timeout_s: Positive = 900.0
+    """How long resources, actors and their models may take to be there."""
+    learner_timeout_s: Positive = 3600.0
+    """How long one call of the learner may take before its ranks count as lost."""
+    sampler_timeout_s: Positive = 300.0
+    """A sampler that has given no sign of life for this long is started again."""
+    max_sampler_restarts: NonNegativeInt = 10
+    max_learner_restarts: NonNegativeInt = 3
+    """How often lost ranks are started again from the newest checkpoint. Once more, and the run ends."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
 class EvalConfig(Section):
     every: NonNegativeInt = 4
     """RL steps between held-out evaluations; the first is before training, one more at the end. 0: never."""
@@ -562,6 +601,7 @@ class Config(Section):
     asynchrony: Annotated[AsyncConfig, tyro.conf.arg(name="async")] = Field(default=AsyncConfig(), alias="async")
     vllm: VllmConfig = VllmConfig()
     learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

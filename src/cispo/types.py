@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -36,6 +37,10 @@ class NonFiniteError(CispoError, ArithmeticError):
 
 class RunError(CispoError, RuntimeError):
     """A component of a running job failed, and the run ends with it."""
+
+
+class LearnerLost(RunError):
+    """Ranks of the learner died or stopped answering. A new learner can go on from the newest checkpoint."""
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -156,9 +161,9 @@ class Batch:
     weights_T: Tensor
     columns: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
+        return [row.shape[0] for row in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
