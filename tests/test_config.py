@@ -112,7 +112,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             configs.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("recipe", sorted(configs.Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml")))
+RECIPES = configs.Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("like/*.yaml")]), ids=lambda p: p.name
+)
 def test_every_recipe_is_a_config(recipe):
     raw = configs.read_yaml(recipe)
     assert configs.validate(raw, source=str(recipe))

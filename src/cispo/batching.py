@@ -52,11 +52,12 @@ def row_index_T(lengths: Sequence[int]) -> Tensor:
 
 def take_rows(batch: Batch, indices: Sequence[int]) -> Batch:
     """The batch of these rows, in this order."""
-    lengths = batch.lengths
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices] or [torch.empty(0, dtype=torch.long)])
+    lengths_B = torch.tensor(batch.lengths, dtype=torch.long)
+    chosen = torch.tensor(indices, dtype=torch.long)
+    starts, taken = (lengths_B.cumsum(0) - lengths_B)[chosen], lengths_B[chosen]
+    # Position t of the result, in a row that begins at `before`, stands at start + (t − before) of the batch.
+    before = taken.cumsum(0) - taken
+    where = torch.arange(int(taken.sum())) + torch.repeat_interleave(starts - before, taken)
     return Batch(
         rows=tuple(batch.rows[i] for i in indices),
         targets_T=batch.targets_T[where],

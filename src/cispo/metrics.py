@@ -186,7 +186,11 @@ class JsonlWriter:
 
 def dump_line(record: Mapping[str, Any]) -> bytes:
     """One JSON line. Non-finite floats become null, which every JSON reader understands."""
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
