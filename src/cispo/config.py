@@ -749,7 +749,7 @@ def merge(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """What a file and overrides say together, not yet validated."""
     raw = read_yaml(path) if path is not None else {}
     for keys, value in parse_overrides(overrides):
-        _put(raw, keys, value)
+        _put(raw, ["cluster", "kind"] if keys == ["cluster"] else keys, value)
     return raw
 
 
