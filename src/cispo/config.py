@@ -408,6 +408,16 @@ class KLConfig(Section):
     """Bounds the estimate; NeMo RL: 10."""
     score_gradient: bool = False
     """Add the score-function gradient KL·∇log π, as NeMo RL does (arXiv:2506.09477)."""
+    ratio_weighted: bool = False
+    """Multiply the estimate by the ratio r, with r's gradient (DeepSeek-V3.2, arXiv:2512.02556; TRL's default)."""
+
+    @model_validator(mode="after")
+    def _one_gradient(self) -> KLConfig:
+        if self.score_gradient and self.ratio_weighted:
+            raise ValueError("score_gradient and ratio_weighted both carry the sampling gradient; keep one")
+        if self.place == "reward" and (self.score_gradient or self.ratio_weighted):
+            raise ValueError("score_gradient and ratio_weighted are of a KL in the loss; use place: loss")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -552,6 +562,9 @@ class ClusterConfig(Section):
     """How long one call of the learner may take before its ranks count as lost."""
     sampler_timeout_s: Positive = 300.0
     """A sampler that has given no sign of life for this long is started again."""
+    reward_timeout_s: Positive = 300.0
+    """A reward worker that has not scored a group for this long is started again, and the group scored elsewhere. The
+    reward functions' own timeouts should be shorter."""
     max_sampler_restarts: NonNegativeInt = 10
     max_learner_restarts: NonNegativeInt = 3
     """How often lost ranks are started again from the newest checkpoint. Once more, and the run ends."""

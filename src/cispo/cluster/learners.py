@@ -1,0 +1,147 @@
+"""`RayLearnerGroup`: the sharded learner's ranks as Ray actors, and one object with the verbs.
+
+Every call goes to all ranks, its batch through the object store once. An error that the ranks have agreed upon is
+raised as it is; a rank that died, or a call past its time, ends the group with LearnerLost. Whoever composed the run
+then composes it again and resumes from the newest checkpoint, as after a restart of the whole job: nothing is kept of a
+state that may be half a step old. Left out on purpose: the verbs themselves (`sharded.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch import Tensor
+
+from cispo.cluster.weights import RemoteWeights, pack
+from cispo.config import Config
+from cispo.types import AdamParams, Batch, CispoError, LearnerLost, LossOutput, Objective, RunError
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 15.0
+"""After a first failure, how long the other ranks' outcomes are waited for, to tell a cause from its consequences."""
+
+
+class Rank:
+    """The actor. Its learner is made by `start`, so that a rank that cannot load says so like any other call."""
+
+    def meeting_place(self) -> str:
+        """Where the ranks can meet: a free port on this machine."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def start(self, config: Config, path: str, rank: int, meeting_place: str) -> None:
+        from cispo.cluster.rank import build_rank
+
+        self._rank = rank
+        ranks = config.cluster.learner_ranks
+        self._learner = build_rank(config, path, rank=rank, world_size=ranks, init_method=meeting_place)
+
+    def call(self, verb: str, *arguments: Any, **options: Any) -> Any:
+        result = getattr(self._learner, verb)(*arguments, **options)
+        return result if self._rank == 0 else None
+
+    def publish(self) -> tuple[bool, Any]:
+        """Whole weights, packed, from the first rank."""
+        weights = self._learner.weights()
+        return True, pack(weights) if self._rank == 0 else None
+
+
+class RayLearnerGroup:
+    """A `Learner`. options: Ray's, of each rank's actor."""
+
+    def __init__(self, config: Config, path: str | Path, options: Sequence[Mapping[str, Any]]) -> None:
+        self._timeout_s = config.cluster.learner_timeout_s
+        self._start_timeout_s = config.cluster.start_timeout_s
+        actor = ray.remote(Rank)
+        self.ranks = [actor.options(max_restarts=0, **chosen).remote() for chosen in options]
+        meeting_place = self._wait("start", [self.ranks[0].meeting_place.remote()], self._start_timeout_s)[0]
+        self._starting = [
+            rank.start.remote(config, str(path), number, meeting_place) for number, rank in enumerate(self.ranks)
+        ]
+
+    def wait_until_ready(self) -> None:
+        """Until all ranks have loaded their model. Raises what kept one from it."""
+        self._wait("start", self._starting, self._start_timeout_s)
+
+    # ------------------------------------------------------------------------------------------------------- verbs
+
+    def forward_backward(self, batch: Batch, objective: Objective, **options: Any) -> LossOutput:
+        return self._all("forward_backward", ray.put(batch), objective, **options)
+
+    def forward(self, batch: Batch, **options: Any) -> LossOutput:
+        return self._all("forward", ray.put(batch), **options)
+
+    def optim_step(self, params: AdamParams) -> dict[str, float]:
+        return self._all("optim_step", params)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """In the object store, on the first rank's machine, until somebody looks."""
+        results = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
+        self._wait("weights", [done for done, _ in results], self._timeout_s)
+        return RemoteWeights(results[0][1])
+
+    def save(self, folder: Path) -> None:
+        """All ranks must see the folder's file system."""
+        self._all("save", folder.absolute())
+
+    def load(self, folder: Path) -> None:
+        self._all("load", folder.absolute())
+
+    def export(self, folder: Path) -> None:
+        self._all("export", folder.absolute())
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _all(self, verb: str, *arguments: Any, **options: Any) -> Any:
+        if not self.ranks:
+            raise LearnerLost(f"{verb}: the learner's ranks were lost and have not been started again")
+        calls = [rank.call.remote(verb, *arguments, **options) for rank in self.ranks]
+        return self._wait(verb, calls, self._timeout_s)[0]
+
+    def _wait(self, verb: str, calls: Sequence[Any], timeout_s: float) -> list[Any]:
+        """The results, in order. One failure is enough to stop waiting for long."""
+        deadline = time.monotonic() + timeout_s
+        results: dict[Any, Any] = {}
+        failures: dict[int, BaseException] = {}
+        waiting = list(calls)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            for call in done:
+                try:
+                    results[call] = ray.get(call, timeout=60)
+                except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                    if not failures:
+                        deadline = min(deadline, time.monotonic() + GRACE_S)
+                    failures[calls.index(call)] = error
+        if not failures and not waiting:
+            return [results[call] for call in calls]
+        self._raise(verb, failures, [calls.index(call) for call in waiting], timeout_s)
+
+    def _raise(self, verb: str, failures: Mapping[int, BaseException], late: Sequence[int], timeout_s: float) -> None:
+        causes = {number: getattr(error, "cause", None) or error for number, error in failures.items()}
+        agreed = next((cause for cause in causes.values() if isinstance(cause, CispoError)), None)
+        dead = sorted(number for number, error in failures.items() if isinstance(error, RayActorError))
+        if agreed is not None and not dead:
+            raise agreed
+        self.close()  # nothing of a half-done verb may be used again
+        if dead or (late and not failures):
+            what = f"rank {', '.join(map(str, dead))} died" if dead else f"rank {', '.join(map(str, late))} hung"
+            limit = "" if dead else f" for {timeout_s:g} s (cluster.learner_timeout_s or start_timeout_s)"
+            log.warning("%s: %s%s", verb, what, limit)
+            raise LearnerLost(f"learner, {verb}: {what}{limit}")
+        number, cause = next(iter(causes.items()))
+        raise RunError(f"learner, {verb}: rank {number} failed: {failures[number]}") from cause

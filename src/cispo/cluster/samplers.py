@@ -1,0 +1,280 @@
+"""`RaySamplerPool`: samplers as Ray actors that take prompts by load, and one object that is a `Sampler`.
+
+The pool keeps every request until its result is there. A sampler that dies, or gives no sign of life, is started again
+with the newest weights, and its requests are submitted again with their ids and seeds; a result counts once, whoever
+brings it. Left out on purpose: how tokens are sampled (`sampling/`).
+
+The actor's loop. Consumes: commands, in the order in which the pool numbered them. Waits for: a command, when it has
+nothing to sample. Unblocked by: the pool. Produces: results, or the exception that ended it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from torch import Tensor
+
+from cispo.cluster.weights import RemoteWeights, pack, unpack
+from cispo.config import Config
+from cispo.types import CispoError, RunError, Sampler, SampleRequest, SampleResult
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.05
+"""How long `poll` may wait for a result before it lets its caller look around."""
+TAKE_S = 1.0
+"""How long an actor holds the question for results while there are none. Its answer is also its sign of life."""
+
+
+class Worker:
+    """The actor: a sampler in a thread of its own, because decoding goes on whatever the pool asks."""
+
+    def __init__(self, config: Config, path: str) -> None:
+        self._config, self._path = config, path
+        self._commands: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._early: dict[int, tuple[str, Any]] = {}
+        self._next = 0
+        self._results: list[SampleResult] = []
+        self._news = threading.Condition()
+        self._error: BaseException | None = None
+        self._ready = False
+        self._beat = time.monotonic()
+        threading.Thread(target=self._run, name="sampler", daemon=True).start()
+
+    def tell(self, number: int, kind: str, value: Any) -> None:
+        """A command; Ray may deliver them out of order."""
+        with self._news:
+            self._early[number] = (kind, value)
+            while self._next in self._early:
+                self._commands.put(self._early.pop(self._next))
+                self._next += 1
+
+    def take(self) -> tuple[list[SampleResult], float, bool]:
+        """Results since the last call, seconds since the loop's last turn, and whether the sampler is loaded."""
+        with self._news:
+            self._news.wait_for(lambda: self._results or self._error is not None, timeout=TAKE_S)
+            if self._error is not None:
+                raise self._error
+            results, self._results = self._results, []
+        return results, time.monotonic() - self._beat, self._ready
+
+    def process(self) -> int:
+        """The operating system's number of this process."""
+        import os
+
+        return os.getpid()
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # handed to the pool, which ends the run with it
+            with self._news:
+                self._error = error
+                self._news.notify_all()
+
+    def _serve(self) -> None:
+        sampler = build_sampler(self._config, self._path)
+        drain = not self._config.asynchrony.in_flight_weight_updates
+        self._ready = True
+        while True:
+            self._beat = time.monotonic()
+            try:
+                kind, value = self._commands.get(timeout=None if sampler.pending else TAKE_S, block=not sampler.pending)
+            except queue.Empty:
+                self._advance(sampler)
+                continue
+            if kind == "submit":
+                sampler.submit(value)
+            elif kind == "cancel":
+                sampler.cancel(value)
+            elif kind == "weights":
+                (reference,), version = value
+                while drain and sampler.pending:  # what was submitted before is finished under the old weights
+                    self._advance(sampler)
+                    self._beat = time.monotonic()
+                sampler.update_weights(unpack(ray.get(reference)), version)
+
+    def _advance(self, sampler: Sampler) -> None:
+        results = sampler.poll() if sampler.pending else []
+        if results:
+            with self._news:
+                self._results += results
+                self._news.notify_all()
+
+
+def build_sampler(config: Config, path: str) -> Sampler:
+    """The engine of one actor, with weights of its own."""
+    import torch
+
+    from cispo import model as models
+
+    torch.set_num_threads(config.asynchrony.sampler_threads)
+    asynchrony = config.asynchrony
+    if asynchrony.sampler == "vllm":
+        from cispo.sampling.vllm import VllmSampler
+
+        tokenizer = models.load_tokenizer(path)
+        return VllmSampler(
+            path,
+            config.vllm,
+            tokenizer=tokenizer,
+            in_flight=asynchrony.in_flight_weight_updates,
+            recompute_kv=asynchrony.recompute_kv,
+            threads=asynchrony.sampler_threads,
+            seed=config.seed,
+        )
+    from cispo.sampling.local import LocalSampler
+
+    loaded = models.load(config.model.model_copy(update={"lora": None}), path, trainable=False)
+    return LocalSampler(
+        loaded.model,
+        loaded.tokenizer,
+        max_batch_rows=config.rollout.max_batch_rows,
+        eos_token_ids=models.eos_token_ids(loaded.model, loaded.tokenizer),
+        share_weights=False,
+        recompute_kv_on_update=asynchrony.recompute_kv,
+    )
+
+
+class _Seat:
+    """One place in the pool: the actor that sits there now, and what it has been given."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.requests: dict[int, SampleRequest] = {}
+        self.sit(None)
+
+    def sit(self, actor: Any) -> None:
+        self.actor = actor
+        self.told = 0
+        self.question: Any = None
+        self.heard = time.monotonic()
+        self.ready = False
+
+    @property
+    def load(self) -> int:
+        return sum(request.num_samples for request in self.requests.values())
+
+
+class RaySamplerPool:
+    """A `Sampler`. options: Ray's, of each sampler's actor."""
+
+    share_weights = False
+
+    def __init__(self, config: Config, path: str | Path, options: Sequence[Mapping[str, Any]]) -> None:
+        self.version = 0
+        self.restarts = 0
+        self._config, self._path = config, str(path)
+        # Enough waits at each sampler that it never runs dry; the rest waits here, for whoever is first.
+        rows = config.vllm.max_sequences if config.asynchrony.sampler == "vllm" else config.rollout.max_batch_rows
+        self._capacity = 2 * rows
+        self._weights: Any = None
+        self._queue: deque[SampleRequest] = deque()
+        self._actor = ray.remote(concurrency_groups={"commands": 1, "results": 1})(Worker)
+        self._seats = [_Seat(chosen) for chosen in options]
+        for seat in self._seats:
+            self._start(seat)
+
+    # ------------------------------------------------------------------------------------------------------- verbs
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue) + sum(len(seat.requests) for seat in self._seats)
+
+    def submit(self, request: SampleRequest) -> None:
+        self._queue.append(request)
+        self._hand_out()
+
+    def cancel(self, request_id: int) -> None:
+        self._queue = deque(request for request in self._queue if request.request_id != request_id)
+        for seat in self._seats:
+            if seat.requests.pop(request_id, None) is not None:
+                self._tell(seat, "cancel", request_id)
+
+    def poll(self, *, wait: bool = True) -> list[SampleResult]:
+        """What has finished; `wait` allows up to WAIT_S for the first of it. Raises what ended a sampler for good."""
+        results: list[SampleResult] = []
+        questions = {seat.question: seat for seat in self._seats}
+        ray.wait(list(questions), num_returns=1, timeout=WAIT_S if wait and self.pending else 0)
+        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0)
+        for question in answered:
+            results += self._answer(questions[question])
+        for seat in self._seats:
+            limit = self._config.cluster.sampler_timeout_s if seat.ready else self._config.cluster.start_timeout_s
+            if time.monotonic() - seat.heard > limit:
+                self._restart(seat, f"gave no sign of life for {limit:g} s")
+        self._hand_out()
+        return results
+
+    def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
+        """Publish. Returns at once: a request submitted from now on is sampled under these weights."""
+        if weights is None:
+            raise RunError("samplers on a cluster have weights of their own: pass learner.weights()")
+        self._weights = weights.reference if isinstance(weights, RemoteWeights) else ray.put(pack(weights))
+        self.version = version
+        for seat in self._seats:
+            self._tell(seat, "weights", ((self._weights,), version))
+
+    def close(self) -> None:
+        for seat in self._seats:
+            ray.kill(seat.actor)
+
+    def processes(self) -> list[int]:
+        """The process of each sampler, by place."""
+        return ray.get([seat.actor.process.remote() for seat in self._seats], timeout=60)
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _start(self, seat: _Seat) -> None:
+        seat.sit(self._actor.options(max_restarts=0, **seat.options).remote(self._config, self._path))
+        self._ask(seat)
+
+    def _ask(self, seat: _Seat) -> None:
+        seat.question = seat.actor.take.options(concurrency_group="results").remote()
+
+    def _tell(self, seat: _Seat, kind: str, value: Any) -> None:
+        seat.actor.tell.options(concurrency_group="commands").remote(seat.told, kind, value)
+        seat.told += 1
+
+    def _hand_out(self) -> None:
+        while self._queue:
+            seat = min(self._seats, key=lambda seat: seat.load)
+            if seat.load >= self._capacity:
+                return
+            request = self._queue.popleft()
+            seat.requests[request.request_id] = request
+            self._tell(seat, "submit", request)
+
+    def _answer(self, seat: _Seat) -> list[SampleResult]:
+        try:
+            results, silent_s, seat.ready = ray.get(seat.question)
+        except RayActorError as error:
+            self._restart(seat, f"died ({str(error).splitlines()[0]})")
+            return []
+        except RayTaskError as error:
+            cause = error.cause
+            raise cause if isinstance(cause, CispoError) else RunError(f"a sampler failed: {error}") from error
+        seat.heard = time.monotonic() - silent_s
+        self._ask(seat)
+        return [result for result in results if seat.requests.pop(result.request_id, None) is not None]
+
+    def _restart(self, seat: _Seat, why: str) -> None:
+        self.restarts += 1
+        if self.restarts > self._config.cluster.max_sampler_restarts:
+            raise RunError(f"a sampler {why}, after {self.restarts - 1} restarts (cluster.max_sampler_restarts)")
+        log.warning("a sampler %s and is started again; %d requests are sampled again", why, len(seat.requests))
+        ray.kill(seat.actor)
+        self._start(seat)
+        if self._weights is not None:
+            self._tell(seat, "weights", ((self._weights,), self.version))
+        for request in seat.requests.values():
+            self._tell(seat, "submit", request)

@@ -1,0 +1,69 @@
+"""Weights on their way from the learner to the samplers: packed into one buffer, which the object store shares.
+
+Readers on one machine map the buffer instead of copying it, and between machines it travels once. The driver hands on a
+reference, and sees the bytes only if somebody asks it for them. Left out on purpose: what samplers do with the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+Packed = tuple[list[tuple[str, str, tuple[int, ...], int]], np.ndarray]
+"""(name, dtype, shape, offset in bytes) of each tensor, and the bytes."""
+
+_ALIGNMENT = 64
+
+
+def pack(weights: Mapping[str, Tensor]) -> Packed:
+    index, offset = [], 0
+    for name, tensor in weights.items():
+        index.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
+        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = np.empty(offset, dtype=np.uint8)
+    for (_, _, _, start), tensor in zip(index, weights.values(), strict=True):
+        flat = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+        buffer[start : start + len(flat)] = flat.numpy()
+    return index, buffer
+
+
+def unpack(packed: Packed) -> dict[str, Tensor]:
+    """Tensors over the packed bytes, to be read only."""
+    index, buffer = packed
+    weights = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor is it written to
+        for name, kind, shape, start in index:
+            dtype, count = getattr(torch, kind), math.prod(shape)
+            whole = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+            weights[name] = whole.to(dtype).view(shape)
+    return weights
+
+
+class RemoteWeights(Mapping[str, Tensor]):
+    """Weights that lie in the object store under `reference`, fetched when one is looked at."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+        self._here: dict[str, Tensor] | None = None
+
+    def _fetched(self) -> dict[str, Tensor]:
+        if self._here is None:
+            self._here = unpack(ray.get(self.reference))
+        return self._here
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fetched()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetched())
+
+    def __len__(self) -> int:
+        return len(self._fetched())
