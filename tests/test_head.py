@@ -1,8 +1,10 @@
 """Every backend of the head against the float64 reference: one grid of backends × dtypes × awkward shapes.
 
-A CUDA device adds rows to the grid.
+A CUDA device adds rows to the grid, and so does Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest`.
 """
 
+import importlib.util
+import os
 from functools import partial
 
 import pytest
@@ -15,8 +17,14 @@ from cispo.head import linear_logprobs, linear_policy_loss
 from cispo.types import ConfigError, DataError, NonFiniteError
 
 BACKENDS = [("reference", "cpu"), ("chunked", "cpu")]
+if importlib.util.find_spec("triton") is None:
+    BACKENDS += [pytest.param("triton", "cpu", marks=pytest.mark.skip("the package triton is not installed"))]
+elif os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS += [("triton", "cpu")]
+elif not torch.cuda.is_available():
+    BACKENDS += [pytest.param("triton", "cpu", marks=pytest.mark.skip("needs CUDA, or TRITON_INTERPRET=1"))]
 if torch.cuda.is_available():
-    BACKENDS += [("chunked", "cuda")]
+    BACKENDS += [("chunked", "cuda"), ("triton", "cuda")]
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """Allowed relative error (Frobenius norm) of loss, dHidden and dHead against float64 on the same inputs."""
@@ -137,6 +145,15 @@ def test_chunking_temperature_and_entropy_bonus(backend, device, rows, temperatu
     call["columns"]["advantages"][::3] = 0
     options = {"temperature": temperature, "entropy_coef": entropy_coef, "memory_budget": rows * 101 * 4}
     assert_matches_float64(inputs, call, 2e-6, backend=backend, objective=o.cispo, **options)
+
+
+@pytest.mark.parametrize("shape", ["plain", "bias", "one token", "V a power of two", "confident"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_budget_of_a_single_row(backend, device, dtype, shape):
+    inputs, call = make(dtype=dtype, device=device, **SHAPES[shape])
+    tolerance = DTYPES[dtype] * (4 if shape == "confident" and dtype != torch.bfloat16 else 1)
+    assert_matches_float64(inputs, call, tolerance, backend=backend, objective=o.cispo, memory_budget=1)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -404,3 +421,10 @@ def test_a_column_the_objective_does_not_name_is_refused():
     with pytest.raises(TypeError, match="teacher_logprobs"):
         call["columns"]["teacher_logprobs"] = call["columns"]["advantages"]
         linear_policy_loss(**inputs, **call, objective=o.cispo)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter runs on CPU tensors")
+def test_triton_without_cuda_is_refused():
+    inputs, call = make()
+    with pytest.raises(ConfigError, match="^backend = 'triton'"):
+        linear_policy_loss(**inputs, **call, objective=o.cispo, backend="triton")

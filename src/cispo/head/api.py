@@ -5,8 +5,10 @@ Left out on purpose: every formula (see `reference.py`, the spec).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -16,9 +18,9 @@ from cispo.head import chunked, reference
 from cispo.head.inputs import HeadInputs, PolicyInputs, raise_nonfinite
 from cispo.types import ConfigError, Objective
 
-Backend = Literal["auto", "reference", "chunked"]
-MEMORY_BUDGET = 256 << 20
-"""Bytes that a call may use beyond its inputs and their gradients."""
+Backend = Literal["auto", "reference", "chunked", "triton"]
+CPU_BUDGET, DEVICE_BUDGET = 256 << 20, 1792 << 20
+"""Bytes that a call may use beyond its inputs and their gradients, where the caller does not say."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,31 @@ class LinearPolicyLoss:
     dropped: int
 
 
-def _choose(backend: str) -> str:
-    match backend:
-        case "reference" | "chunked":
-            return backend
+def _backend(name: str, device: torch.device) -> ModuleType:
+    """The module that computes. `triton` is imported only here, and only when it is going to be used."""
+    match name:
         case "auto":
-            return "chunked"
-    raise ConfigError(f"backend = {backend!r}: unknown; use 'auto', 'chunked' or 'reference'")
+            has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            return _backend("triton" if has_triton else "chunked", device)
+        case "reference":
+            return reference
+        case "chunked":
+            return chunked
+        case "triton":
+            if importlib.util.find_spec("triton") is None:
+                raise ConfigError("backend = 'triton': the package triton is not installed; use 'auto' or 'chunked'")
+            from cispo.head import triton
+
+            if device.type != "cuda" and not triton.INTERPRETED:
+                raise ConfigError(f"backend = 'triton': hidden_TD is on {device}, not on CUDA; use 'auto' or 'chunked'")
+            return triton
+    raise ConfigError(f"backend = {name!r}: unknown; use 'auto', 'chunked', 'triton' or 'reference'")
+
+
+def _budget(given: int | None, device: torch.device) -> int:
+    if given is None:
+        return CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET
+    return given
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -67,7 +87,7 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     evaluate_T: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> LinearPolicyLoss:
     """Loss Σ_t weights_t · objective(log π_t) of logits (hidden @ headᵀ + bias)/temperature, in one pass.
 
@@ -82,7 +102,7 @@ def linear_policy_loss(
     have a zero coefficient), and a row of weight 0 put in gets log-prob and entropy and nothing else.
     compute_dtype=torch.float32 runs the products of a bf16 head in float32 (MiniMax-M1 §3). Log-softmax is in float32
     (float64 for float64 inputs) in any case, and gradients come back in the inputs' dtypes. memory_budget: bytes beyond
-    inputs and gradients.
+    inputs and gradients (default: 256 MiB on CPU, 1.75 GiB on an accelerator); it never goes below one row of logits.
 
     Raises DataError for shapes, dtypes, devices, targets or objectives that do not fit, ConfigError for settings,
     NonFiniteError as above; each names the argument. Backward of backward is refused except by `reference`.
@@ -96,7 +116,7 @@ def linear_policy_loss(
         bias_V=bias_V,
         temperature=temperature,
         compute_dtype=compute_dtype,
-        memory_budget=memory_budget,
+        memory_budget=_budget(memory_budget, hidden_TD.device),
         objective=objective,
         columns=columns,
         weights_T=weights_T.detach(),
@@ -104,7 +124,7 @@ def linear_policy_loss(
         nonfinite=nonfinite,
     )
     inputs.check_policy(evaluate_T)
-    run = reference.policy_loss if _choose(backend) == "reference" else chunked.policy_loss
+    run = _backend(backend, hidden_TD.device).policy_loss
     with torch.autocast(hidden_TD.device.type, enabled=False):
         loss, logprobs_T, entropy_T, loss_T, bad_T = run(inputs)
     dropped = int(bad_T.sum())
@@ -125,7 +145,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     backend: Backend = "auto",
     compute_dtype: torch.dtype | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target (differentiable) and entropy (detached), float32 [T] each (float64 for float64 inputs).
 
@@ -142,13 +162,12 @@ def linear_logprobs(
         bias_V=bias_V,
         temperature=temperature,
         compute_dtype=compute_dtype,
-        memory_budget=memory_budget,
+        memory_budget=_budget(memory_budget, hidden_TD.device),
     )
     inputs.check()
     rows_T = torch.arange(len(targets_T), device=targets_T.device)
     inputs.check_targets(rows_T)
+    run = _backend(backend, hidden_TD.device).logprobs
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        if _choose(backend) == "reference":
-            logprobs_T, entropy_T = reference.logprobs(inputs, rows_T)
-            return logprobs_T, entropy_T.detach()
-        return chunked.logprobs(inputs)
+        logprobs_T, entropy_T = run(inputs)
+    return logprobs_T, entropy_T.detach()

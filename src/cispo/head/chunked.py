@@ -95,10 +95,11 @@ class Pass:
         self.dhead_dtype = self.head_VD.dtype
         chunk, block, head_block = self._plan(num_rows)
 
-        V, D = self.head_VD.shape
-        self.workspace = Workspace(self.hidden_TD, (chunk + block) * V + head_block * D, self.wide)
-        logits, work, head = self.workspace.flat.split([chunk * V, block * V, head_block * D])
-        self.logits_CV, self.work_BV, self.head_UD = logits.view(-1, V), work.view(-1, V), head.view(-1, D)
+        (V, D), width = self.head_VD.shape, self._width()
+        self.workspace = Workspace(self.hidden_TD, (chunk + block) * width + head_block * D, self.wide)
+        logits, work, head = self.workspace.flat.split([chunk * width, block * width, head_block * D])
+        self.logits_CV, self.work_BV = logits.view(-1, width)[:, :V], work.view(-1, width)[:, :V]
+        self.head_UD = head.view(-1, D)
         self.dhidden_TD = torch.zeros_like(self.hidden_TD) if need[0] else None
         self.dhead_VD = torch.empty_like(self.head_VD, dtype=self.dhead_dtype) if need[1] else None
         self.dbias_V = self.head_VD.new_zeros(V, dtype=self.wide) if need[2] else None
@@ -124,7 +125,11 @@ class Pass:
         return max(1, min(num_rows, min(_BLOCK, self.inputs.memory_budget // (8 * size)) // V))
 
     def _row_bytes(self) -> int:
-        return self.head_VD.shape[0] * self.wide.itemsize
+        return self._width() * self.wide.itemsize
+
+    def _width(self) -> int:
+        """Elements from one row of the workspace to the next."""
+        return self.head_VD.shape[0]
 
     def chunks(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         return rows_R.split(len(self.logits_CV)) if len(rows_R) else ()
@@ -139,18 +144,21 @@ class Pass:
 
     def logits(self, rows_C: Tensor) -> Tensor:
         """Tempered logits of a chunk in the wide dtype, in the workspace."""
-        z_CV = self.logits_CV[: len(rows_C)]
+        hidden_CD = self.hidden_TD[rows_C]
+        if self.bias_V is None and self.inputs.temperature == 1.0:
+            return self._product(hidden_CD)
+        z_CV = self._product(hidden_CD).div_(self.inputs.temperature)
+        return z_CV if self.bias_V is None else z_CV.add_(self.bias_V)
+
+    def _product(self, hidden_CD: Tensor) -> Tensor:
+        """hidden @ headᵀ in the wide dtype, in the workspace."""
+        z_CV = self.logits_CV[: len(hidden_CD)]
         if z_CV.is_cuda and _MM_OUT_DTYPE and self.product != self.wide:
             # tensor cores add up in float32 and can hand it out: the head needs no conversion
-            torch.mm(self.hidden_TD[rows_C], self.head_VD.T, out_dtype=self.wide, out=z_CV)
-            z_CV.div_(self.inputs.temperature)
-            return z_CV if self.bias_V is None else z_CV.add_(self.bias_V)
-        hidden_CD = self.hidden_TD[rows_C].to(self.wide) / self.inputs.temperature
+            return torch.mm(hidden_CD, self.head_VD.T, out_dtype=self.wide, out=z_CV)
+        wide_CD = hidden_CD.to(self.wide)
         for block, head_UD in self.wide_head():
-            if self.bias_V is None:
-                torch.mm(hidden_CD, head_UD.T, out=z_CV[:, block])
-            else:
-                torch.addmm(self.bias_V[block], hidden_CD, head_UD.T, out=z_CV[:, block])
+            torch.mm(wide_CD, head_UD.T, out=z_CV[:, block])
         return z_CV
 
     def reduce_(self, z_CV: Tensor, rows_C: Tensor) -> Rows:

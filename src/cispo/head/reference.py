@@ -11,8 +11,8 @@ from torch import Tensor
 from cispo.head.inputs import HeadInputs, PolicyInputs, coefficients
 
 
-def logprobs(inputs: HeadInputs, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of the target and entropy at the given rows, both differentiable."""
+def logprobs(inputs: HeadInputs, rows_R: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Log-prob of the target and entropy at the given rows (default: all), both differentiable."""
     hidden_RD, head_VD = inputs.hidden_TD[rows_R].to(inputs.wide), inputs.head_VD.to(inputs.wide)
     logits_RV = hidden_RD @ head_VD.T
     if inputs.bias_V is not None:
