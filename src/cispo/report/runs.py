@@ -196,8 +196,10 @@ def recipes(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     keys = sorted({key for own, _ in groups for key in own if any(own.get(key) != o.get(key) for o, _ in groups)})
     labels = []
     for own, members in groups:
-        parts = [_short(key, own[key]) for key in keys if own.get(key) is not None]
-        label = ", ".join(parts) if len(groups) > 1 and parts and len(parts) <= 6 else members[0].name
+        parts = [_short(key, own[key]) for key in keys if own.get(key) is not None and not key.startswith(OBJECTIVE)]
+        if any(key.startswith(OBJECTIVE) for key in keys):
+            parts.insert(0, _objective(own))
+        label = ", ".join(parts) if len(groups) > 1 and parts and len(parts) <= 5 else members[0].name
         labels.append(label)
     return [
         (label if labels.count(label) == 1 else f"{label} ({members[0].name})", members)
@@ -205,9 +207,21 @@ def recipes(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     ]
 
 
+OBJECTIVE = "algorithm.objective."
+
+
+def _objective(own: Mapping[str, Any]) -> str:
+    """`cispo 0/4`: the type and its bounds; other options that are set follow."""
+    options = {key.removeprefix(OBJECTIVE): v for key, v in own.items() if key.startswith(OBJECTIVE) and v is not None}
+    name, low, high = (options.pop(key, None) for key in ("type", "clip_low_threshold", "clip_high_threshold"))
+    bounds = f" {_number(low)}/{_number(high)}" if low is not None and high is not None else ""
+    return f"{name}{bounds}" + "".join(f" {_short(key, value)}" for key, value in options.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def _short(key: str, value: Any) -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "type":
-        return str(value)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{leaf.removesuffix('_threshold').removeprefix('clip_')} {text}"
+    leaf = {"learning_rate": "lr", "updates_per_rollout": "updates"}.get(leaf := key.rsplit(".", 1)[-1], leaf)
+    return str(value) if leaf == "type" else f"{leaf.removesuffix('_threshold')} {_number(value)}"

@@ -29,6 +29,8 @@ DRAWN = ("cispo", "ppo_clip", "importance_sampling", "reinforce")
 """Objectives that the page computes itself (`assets/objectives.js`); the pushes of others travel with the tokens."""
 PPO = {"type": "ppo_clip", "clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 """PPO's and GRPO's usual clip, what `clip/ppo_silenced` counts too."""
+COMPLETION_COST = 16
+"""What a completion costs of a token budget besides its tokens: its rewards, advantage and so on."""
 START = -1
 """The context of a completion's first token."""
 
@@ -170,7 +172,7 @@ def encode_step(lines: Sequence[Line], objective: Mapping[str, Any], *, token_bu
     groups: dict[Any, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.head.get("admission", line.head.get("prompt_id")), []).append(line)
-    per_group = sum(len(line.ids) for line in lines) / max(1, len(groups))
+    per_group = sum(len(line.ids) + COMPLETION_COST for line in lines) / max(1, len(groups))
     kept = spread(list(groups), max(1, int(token_budget // max(1.0, per_group))))
     push = None if objective.get("type") in DRAWN else pusher(objective)
     table: dict[str, int] = {}

@@ -13,18 +13,19 @@ import { number } from "cispo/format";
 
 /** @type {Set<{plot: any, box: HTMLElement, redraw: () => void}>} */
 const drawn = new Set();
+const MANY = 3;
 const DASHES = [undefined, [6, 4], [2, 3], [10, 3, 2, 3]];
 const T_95 = [NaN, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]; // two-sided, by degrees of freedom
 
 /** Charts live as long as their element is in the page. */
 export function forget() {
-  for (const one of drawn) if (!one.box.isConnected) { one.plot.destroy(); drawn.delete(one); }
+  for (const one of drawn) if (!one.box.isConnected) { one.plot?.destroy(); drawn.delete(one); }
 }
 
 /** After a change of theme or width. */
 export function redraw() {
   forget();
-  for (const one of drawn) one.redraw();
+  for (const one of drawn) if (one.plot) one.redraw();
 }
 
 /** @param {Spec} spec @returns {HTMLElement} */
@@ -48,13 +49,14 @@ export function chart(spec) {
     // @ts-ignore uPlot is a classic script
     one.plot = new uPlot(options(spec, width), columns(spec), place);
   }
-  const seen = new ResizeObserver(() => {
-    if (!box.isConnected) return;
+  // a page of many charts opens quickly because only those near the window are drawn
+  new IntersectionObserver((entries) => {
+    if (!one.plot && entries.some((e) => e.isIntersecting)) draw();
+  }, { rootMargin: "600px" }).observe(place);
+  new ResizeObserver(() => {
     const width = place.clientWidth;
-    if (!one.plot) draw(width);
-    else if (Math.abs(one.plot.width - width) > 1) one.plot.setSize({ width, height: 200 });
-  });
-  seen.observe(place);
+    if (one.plot && width && Math.abs(one.plot.width - width) > 1) one.plot.setSize({ width, height: 200 });
+  }).observe(place);
   drawn.add(one);
   // @ts-ignore for tests and the console: the data that is drawn
   box.chart = { spec, data: () => columns(spec) };
@@ -140,7 +142,8 @@ function options(spec, width) {
 }
 
 /**
- * The lines of one or several metrics over steps, for every recipe; seeds of a recipe as their mean and a 95 % band.
+ * The lines of one or several metrics over steps, for every recipe; seeds of a recipe as their mean and a
+ * 95 % band (of two seeds: their range). Of more than three recipes only the first metric is drawn.
  * @param {Data} data
  * @param {[string, string][]} metrics name and label
  * @param {(run: import("cispo/data").Run, row: Record<string, any>) => [number, number] | null} [own] a band of a single run
@@ -149,6 +152,7 @@ export function lines(data, metrics, own) {
   const x = [...new Set(data.runs.flatMap((r) => r.lines.filter((l) => metrics.some(([m]) => has(l[m]))).map((l) => l.step)))].sort((a, b) => a - b);
   const at = new Map(x.map((step, i) => [step, i]));
   const many = data.recipes.length > 1;
+  if (data.recipes.length > MANY) metrics = metrics.slice(0, 1); // the first is the most telling
   /** @type {Line[]} */
   const all = [];
   data.recipes.forEach((recipe, i) => {
@@ -166,8 +170,11 @@ export function lines(data, metrics, own) {
       if (!values.some((v) => v.length)) return;
       const y = values.map((v) => (v.length ? mean(v) : null));
       /** @type {Line} */
-      const l = { label: many ? (metrics.length > 1 ? `${recipe.label}: ${label}` : recipe.label) : label, color: line(many ? i : j), dash: many ? DASHES[j % 4] : undefined, y };
-      if (recipe.runs.length > 1) {
+      const l = { label: many ? (metrics.length > 1 ? `${recipe.label}: ${label}` : recipe.label) : label, color: line(many ? i : j), dash: many ? DASHES[(j + Math.floor(i / 8)) % 4] : undefined, y };
+      if (recipe.runs.length === 2) {
+        l.low = values.map((v) => (v.length ? Math.min(...v) : null));
+        l.high = values.map((v) => (v.length ? Math.max(...v) : null));
+      } else if (recipe.runs.length > 2) {
         const half = values.map((v) => (v.length > 1 ? (T_95[v.length - 1] ?? 2.1) * deviation(v) / Math.sqrt(v.length) : 0));
         l.low = y.map((v, k) => (v === null ? null : v - half[k]));
         l.high = y.map((v, k) => (v === null ? null : v + half[k]));

@@ -19,7 +19,7 @@ export function wilson(p, n) {
 export function headline(data) {
   const one = data.recipes.length > 1;
   const seeds = data.runs.length > data.recipes.length;
-  const band = seeds ? "band: 95 % over seeds" : "band: 95 % by the number of completions";
+  const band = seeds ? `band: ${data.recipes.every((r) => r.runs.length < 3) ? "range of" : "95 % over"} seeds` : "band: 95 % by the number of completions";
   return h("div", { class: "charts two" },
     chart({ title: "Held-out accuracy", note: band, range: [0, 1.02],
       ...lines(data, one ? [["eval/accuracy", "accuracy"]] : [["eval/accuracy", "accuracy"], ...passes(data)], (run, row) => {
@@ -52,11 +52,11 @@ export function curves(data) {
   const entries = /** @type {[string, HTMLElement[]][]} */ ([
     ["The importance ratio", [
       chart({ title: "Ratio r = π/μ", note: "log scale", log: true, marks: cap ? [{ y: cap, label: `cap ${cap}` }] : [],
-        ...lines(data, [["ratio/p50", "median"], ["ratio/p99", "99th percentile"], ["ratio/max", "max"]]) }),
+        ...lines(data, [["ratio/p99", "99th percentile"], ["ratio/p50", "median"], ["ratio/max", "max"]]) }),
       chart({ title: "Above the cap", note: "share of tokens, by sign of advantage", ...lines(data, [["clip/above_positive", "A > 0"], ["clip/above_negative", "A < 0"]]) }),
       chart({ title: "Below the floor", note: "share of tokens, by sign of advantage", ...lines(data, [["clip/below_positive", "A > 0"], ["clip/below_negative", "A < 0"]]) }),
       chart({ title: "What PPO's 0.8 – 1.2 would have silenced", note: "share of trained tokens", ...lines(data, [["clip/ppo_silenced", "silenced"]]) }),
-      chart({ title: "First and last update of a step", note: "ratio, log scale", log: true, ...lines(data, [["ratio/first_update_max", "max, first"], ["ratio/last_update_max", "max, last"], ["ratio/last_update_mean", "mean, last"]]) }),
+      chart({ title: "First and last update of a step", note: "ratio, log scale", log: true, ...lines(data, [["ratio/last_update_max", "max, last"], ["ratio/first_update_max", "max, first"], ["ratio/last_update_mean", "mean, last"]]) }),
       chart({ title: "Effective sample size", note: "of the clipped weights, a share of all tokens", range: [0, 1.02], ...lines(data, [["ess", "ESS"]]) }),
     ]],
     ["Stability", [
@@ -110,7 +110,7 @@ function staleness(data) {
   return box;
 }
 
-const PARTS = /** @type {const} */ ([
+const PARTS = /** @type {[string, string][]} */ ([
   ["time/sample_s", "sampling"], ["time/reward_s", "reward"], ["time/forward_s", "other log-probs"],
   ["time/train_s", "forward and backward"], ["time/optim_s", "optimizer"],
 ]);

@@ -1,6 +1,7 @@
 // The page: its parts in order, the theme, and live updates.
 // @ts-check
 import { forget, redraw } from "cispo/charts";
+import { line } from "cispo/colour";
 import { configsView } from "cispo/configs";
 import { comparisonView, curves, forecastView, headline } from "cispo/curves";
 import { follow, load } from "cispo/data";
@@ -53,6 +54,7 @@ export function start() {
       h("nav", { "aria-label": "Sections" }, ...sections.map(([id, title]) => h("a", { href: `#${id}` }, title)), themeButton())),
     h("main", {},
       tiles,
+      recipesKey(data),
       data.comparison ? comparisonView(data.comparison) : "",
       data.forecast?.fits.length ? forecastView(data.forecast) : "",
       ...sections.map(([id, title, element, words]) => h("section", { id }, h("h2", {}, title), words ? h("p", { class: "lead" }, words) : null, element))),
@@ -70,10 +72,18 @@ export function start() {
   document.documentElement.dataset.ready = "true";
 }
 
+/** Which colour is which recipe, for all charts. @param {import("cispo/data").Data} data */
+function recipesKey(data) {
+  if (data.runs.length < 2) return "";
+  return h("ul", { class: "key" }, ...data.recipes.map((r, i) => h("li", {},
+    h("span", { class: "swatch", style: data.recipes.length > 1 ? `background:${line(i)}` : "" }), r.label,
+    h("span", { class: "muted" }, ` ${r.runs.length} run${r.runs.length > 1 ? "s" : ""}`))));
+}
+
 /** @param {import("cispo/data").Data} data */
 function subtitle(data) {
   const run = data.runs[0];
-  if (data.runs.length > 1) return data.recipes.map((r) => `${r.label} (${r.runs.length} run${r.runs.length > 1 ? "s" : ""})`).join(" · ");
+  if (data.runs.length > 1) return "";
   const c = run.config;
   const parts = [c["task.type"], describe(run.objective), c["algorithm.updates_per_rollout"] && `${c["algorithm.updates_per_rollout"]} updates per rollout`,
     c["rollout.groups_per_step"] && `${c["rollout.groups_per_step"]} prompts × ${c["rollout.group_size"]}`, run.seed !== null && `seed ${run.seed}`];
