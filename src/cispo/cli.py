@@ -24,12 +24,14 @@ from rich.markup import escape
 
 from cispo import config as configs
 from cispo.config import Config
-from cispo.types import CispoError, ConfigError, DataError, RunError
+from cispo.types import CispoError, ConfigError, DataError, LearnerLost, RunError
 
 if TYPE_CHECKING:
+    import contextlib
+
     from cispo.model import LoadedModel
     from cispo.trainer import Observer, Trainer
-    from cispo.types import Sampler, Task
+    from cispo.types import Learner, Sampler, Task
 
 INTERRUPTED = 130
 """Exit status of a run that Ctrl-C ended, as a shell gives it."""
@@ -123,15 +125,15 @@ def check_prompts(config: Config, task: Task, context: int | None) -> None:
 
 def compose(config: Config, run_dir: Path, observer: Observer, console: Console) -> tuple[Trainer, Callable[[], None]]:
     """A trainer with all its parts, and what closes them. Weights are loaded last, after all that can be checked."""
+    import contextlib
+
     import torch
 
     from cispo import model as models
     from cispo import tasks
     from cispo.buffer import Buffer
-    from cispo.learner import LocalLearner
     from cispo.metrics import open_trackers
     from cispo.rollout import PromptCursor, Rollouts
-    from cispo.sampling.process import ProcessSampler
     from cispo.trainer import Trainer
 
     if config.threads is not None:
@@ -140,8 +142,55 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
     tasks.check(config.task)
     path = model_path(config, console)
     models.check_folder(path)
-    task = build_task(config, models.load_tokenizer(path))
+    tokenizer = models.load_tokenizer(path)
+    task = build_task(config, tokenizer)
     check_prompts(config, task, models.context_length(models.load_config(path)))
+    with contextlib.ExitStack() as stack:
+        trackers = open_trackers(config.track, run_dir, config.model_dump(mode="json", by_alias=True))
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        learner, sampler, task = build_machines(config, path, task, stack)
+        rollouts = Rollouts(
+            config=config.rollout,
+            asynchrony=config.asynchrony,
+            task=task,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            buffer=Buffer(config.rollout.groups_per_step, config.asynchrony.max_staleness),
+            cursor=PromptCursor(task.prompts("train"), config.seed, config.rollout.pass_rate_ceiling),
+            seed=config.seed,
+        )
+        stack.callback(rollouts.close)
+        trainer = Trainer(
+            config=config,
+            run_dir=run_dir,
+            learner=learner,
+            sampler=sampler,
+            task=task,
+            rollouts=rollouts,
+            tokenizer=tokenizer,
+            observer=observer,
+            trackers=trackers,
+        )
+        keep = stack.pop_all()
+    return trainer, keep.close
+
+
+def build_machines(
+    config: Config, path: str | Path, task: Task, stack: contextlib.ExitStack
+) -> tuple[Learner, Sampler, Task]:
+    """Who trains and who samples, here or on a cluster; what must be closed goes onto the stack."""
+    import torch
+
+    from cispo import model as models
+    from cispo.learner import LocalLearner
+
+    if config.cluster.kind != "none":
+        from cispo import cluster
+
+        parts = cluster.compose(config, path, task)
+        stack.callback(parts.close)
+        return parts.learner, parts.sampler or build_sampler(config, path, None, stack), parts.task
     loaded = models.load(config.model, path)
     reference = None
     if config.algorithm.kl is not None and config.model.lora is None:
@@ -152,42 +201,11 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
         head_dtype=torch.float32 if config.model.head_dtype == "float32" else None,
         reference=reference,
     )
-    sampler = build_sampler(config, loaded)
-    rollouts = Rollouts(
-        config=config.rollout,
-        asynchrony=config.asynchrony,
-        task=task,
-        sampler=sampler,
-        tokenizer=loaded.tokenizer,
-        buffer=Buffer(config.rollout.groups_per_step, config.asynchrony.max_staleness),
-        cursor=PromptCursor(task.prompts("train"), config.seed, config.rollout.pass_rate_ceiling),
-        seed=config.seed,
-    )
-    trackers = open_trackers(config.track, run_dir, config.model_dump(mode="json", by_alias=True))
-    trainer = Trainer(
-        config=config,
-        run_dir=run_dir,
-        learner=learner,
-        sampler=sampler,
-        task=task,
-        rollouts=rollouts,
-        tokenizer=loaded.tokenizer,
-        observer=observer,
-        trackers=trackers,
-    )
-
-    def close() -> None:
-        rollouts.close()
-        if isinstance(sampler, ProcessSampler):
-            sampler.close()
-        for tracker in trackers:
-            tracker.close()
-
-    return trainer, close
+    return learner, build_sampler(config, path, loaded, stack), task
 
 
-def build_sampler(config: Config, loaded: LoadedModel) -> Sampler:
-    """In turn with the learner and on its weights, or beside it in a process of its own."""
+def build_sampler(config: Config, path: str | Path, loaded: LoadedModel | None, stack: contextlib.ExitStack) -> Sampler:
+    """In turn with the learner and on its weights (`loaded`), or beside it in a process of its own."""
     from cispo import model as models
     from cispo.sampling.local import LocalSampler
     from cispo.sampling.process import ProcessOptions, ProcessSampler
@@ -198,18 +216,32 @@ def build_sampler(config: Config, loaded: LoadedModel) -> Sampler:
         "recompute_kv_on_update": asynchrony.recompute_kv,
     }
     place = asynchrony.sampler or ("process" if asynchrony.max_staleness else "inline")
-    if place == "inline":
+    if place == "inline" and loaded is not None:
         eos = models.eos_token_ids(loaded.model, loaded.tokenizer)
         return LocalSampler(loaded.model, loaded.tokenizer, eos_token_ids=eos, **options)
-    return ProcessSampler(
+    sampler = ProcessSampler(
         ProcessOptions(
-            path=loaded.path,
+            path=path,
             model=config.model,
             sampler=options,
             threads=asynchrony.sampler_threads,
             drain=not asynchrony.in_flight_weight_updates,
         )
     )
+    stack.callback(sampler.close)
+    return sampler
+
+
+def cluster_follower(config: Config, console: Console) -> bool:
+    """Whether this process is a rank that only follows the first; if so, it has followed to the end."""
+    if config.cluster.kind != "torchrun":
+        return False
+    from cispo import cluster
+
+    if not cluster.follows(config):
+        return False
+    cluster.follow(config, model_path(config, console))
+    return True
 
 
 def new_run_dir(config: Config) -> Path:
@@ -242,18 +274,28 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
         check_same(config, run_dir)
     for warning in configs.warnings(config):
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+    if cluster_follower(config, console):
+        return run_dir
     screen = Screen(console, steps=config.steps, thinks=config.task.type == "think")
-    trainer, close = compose(config, run_dir, screen, console)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)})))
-        if folder is not None:
-            trainer.resume(folder)
-            console.print(f"resuming {run_dir} after step {trainer.step}", soft_wrap=True, highlight=False)
-        with screen.showing():
-            finished = trainer.run()
-    finally:
-        close()
+    for restarts_left in reversed(range(config.cluster.max_learner_restarts + 1)):
+        trainer, close = compose(config, run_dir, screen, console)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)})))
+            if folder is not None:
+                trainer.resume(folder)
+                console.print(f"resuming {run_dir} after step {trainer.step}", soft_wrap=True, highlight=False)
+            with screen.showing():
+                finished = trainer.run()
+            break
+        except LearnerLost as lost:
+            found = checkpoint.complete(run_dir)
+            if not restarts_left or not found:
+                raise
+            folder = found[-1]
+            console.print(f"[yellow]warning:[/] {escape(str(lost))}", soft_wrap=True, highlight=False)
+        finally:
+            close()
     page = write_report(run_dir, console)
     if not finished:
         raise Interrupted(f"stopped after step {trainer.step} and saved; go on with: cispo train --resume {run_dir}")
