@@ -11,35 +11,59 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import heapq
 import inspect
 import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cispo.sampling.cache import SHARED_ATTENTION, Decode, Extend, Prefill, Sharing
 from cispo.sampling.draw import Filters, draw, uniforms
-from cispo.sampling.slots import COUNT, CUR, MIN_P, POS, SEED, TEMPERATURE, TOP_K, TOP_P, Job, Row, Slots
+from cispo.sampling.slots import (
+    COLUMN,
+    COUNT,
+    CUR,
+    MIN_P,
+    POSITION,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Job,
+    Prefix,
+    Row,
+    Slots,
+)
 from cispo.types import Completion, ConfigError, DataError, NonFiniteError, SampleRequest, SampleResult
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _DEFAULT_KV_BYTES = 4 << 30
-import os
-_GROWTH = int(os.environ.get('GR',32))
+_GROWTH = 32  # columns that a store grows by, at least
+_SHARE = 32  # rows on one copy of a prefix: bounds the padding where groups are of unequal size
 _STOPPED, _BROKEN = 1, 2  # a row's status after a draw
 
 
 @dataclass(slots=True)
 class _Entry:
-    """Rows that wait for slots: some samples of one job that share the sequence to run first."""
+    """Rows that wait for slots, and the sequence that they continue. Where siblings took slots already: the copies of
+    that prefix, and the logits [V] after it."""
 
-    job: Job
     tokens: tuple[int, ...]
     rows: list[Row]
+    prefixes: list[Prefix] = field(default_factory=list)
+    logits_V: Tensor | None = None
+
+    def forget(self) -> None:
+        """Run the prefix again instead: its keys are stale, or their memory is needed."""
+        for prefix in self.prefixes:
+            prefix.held = False
+        self.prefixes, self.logits_V = [], None
 
 
 class LocalSampler:
@@ -113,11 +137,11 @@ class LocalSampler:
         self._stale = False
         self._how: dict | None = None  # how the rows in flight are drawn; None: ask again
         self._token_text: dict[int, str] = {}
-        self.max_kv_tokens = max_kv_tokens or 1 << 62
+        self._shared = self.config._attn_implementation in ("sdpa", "eager")
+        self._token_bytes = _token_bytes(self.config, self._dtype)
         if check_model:
             self._check_model()
-        if max_kv_tokens is None:
-            self.max_kv_tokens = max(1, _DEFAULT_KV_BYTES // max(1, self._token_bytes()))
+        self.max_kv_tokens = max_kv_tokens or max(1, _DEFAULT_KV_BYTES // self._token_bytes)
 
     # --------------------------------------------------------------------------------------------------- the protocol
 
@@ -139,13 +163,13 @@ class LocalSampler:
         G = request.num_samples
         job = Job(request, seed, stops, [None] * G, G)
         self._jobs[request.request_id] = job
-        rows = [Row(job, sample, [], [], 0) for sample in range(G)]
-        self._waiting.append(_Entry(job, tuple(request.prompt), rows))
+        self._waiting.append(_Entry(tuple(request.prompt), [Row(job, sample) for sample in range(G)]))
 
     def poll(self, *, wait: bool = True) -> list[SampleResult]:
         """Advance by up to `steps_per_poll` decode steps, and return the requests that finished.
 
-        wait: without it nothing is decoded, because here decoding is what takes the caller's time. Raises NonFiniteError when a row's logits hold NaN or infinity; its request is gone then, the others go on.
+        wait: without it nothing is decoded, because here decoding is what takes the caller's time. Raises
+        NonFiniteError when a row's logits hold NaN or infinity; its request is gone then, the others go on.
         """
         with self._inference():
             for _ in range(self.steps_per_poll if wait else 0):
@@ -183,7 +207,10 @@ class LocalSampler:
         job = self._jobs.pop(request_id, None)
         if job is None:
             return
-        self._waiting = deque(entry for entry in self._waiting if entry.job is not job)
+        for entry in self._waiting:
+            if entry.rows[0].job is job:
+                entry.forget()
+        self._waiting = deque(entry for entry in self._waiting if entry.rows[0].job is not job)
         slots = [slot for slot in range(self._slots.n) if self._slots.live[slot] and self._slots.rows[slot].job is job]
         if slots:
             self._slots.drop(np.array(slots))
@@ -213,7 +240,9 @@ class LocalSampler:
         slots = self._slots
         for slot in np.flatnonzero(slots.live[: slots.n]):
             row = slots.rows[slot]
-            row.spans.append((int(slots.length[slot]) - len(row.job.request.prompt), version))
+            row.spans.append((len(row.tokens) + int(slots.drawn[slot]), version))
+        for entry in self._waiting:
+            entry.forget()
 
     def release(self) -> None:
         """Give the key/value memory back while nothing is in flight (a learner on the same device may need it)."""
@@ -234,10 +263,11 @@ class LocalSampler:
         if slots.n == 0:
             return
         self._make_room()
-        B, L = slots.n, int(slots.length[: slots.n].max())
-        pos_B = slots.ints[:B, POS].clone()
-        slots.cache.plan_decode(pos_B, L)
-        logits_BV = self._forward(slots.ints[:B, CUR, None], pos_B[:, None], self._mask(pos_B, L))[:, -1]
+        B, L = slots.n, int(slots.drawn[: slots.n].max())
+        column_B, position_B1 = slots.ints[:B, COLUMN].clone(), slots.ints[:B, POSITION, None].clone()
+        slots.cache.plan = Decode(slots.sharing, column_B, L, shared=self._shared)
+        mask = self._mask(slots.sharing, position_B1, L)
+        logits_BV = self._forward(slots.ints[:B, CUR, None], position_B1, mask)[:, -1]
         self._draw(slice(0, B), logits_BV)
 
     def _draw(self, new: slice, logits_BV: Tensor) -> None:
@@ -250,21 +280,20 @@ class LocalSampler:
             if new == slice(0, slots.n):
                 self._how = how
         tokens_B, logprobs_B = draw(logits_BV, uniforms(ints[:, SEED], ints[:, COUNT]), **how)
-        ints[:, POS : COUNT + 1] += 1
+        ints[:, COLUMN : COUNT + 1] += 1
         ints[:, CUR] = tokens_B
-        at_B1 = ints[:, POS, None]
+        at_B1 = ints[:, COLUMN, None]
         slots.ids[new].scatter_(1, at_B1, tokens_B[:, None])
         slots.logprobs[new].scatter_(1, at_B1, logprobs_B[:, None])
         stopped_B = (slots.stops[new] == tokens_B[:, None]).any(1)
         status_B = torch.where(logprobs_B.isfinite(), stopped_B.to(torch.int8) * _STOPPED, _BROKEN)
         status = status_B.cpu().numpy()  # the step's one question to the device
-        slots.length[new] += 1
-        live = slots.live[new]
+        slots.drawn[new] += 1
         if slots.watched[new].any():
             for i in np.flatnonzero(slots.watched[new] & (status == 0)):
                 if self._string_ends(new.start + int(i)):
                     status[i] = _STOPPED
-        ended = np.flatnonzero(live & ((status > 0) | (slots.length[new] >= slots.limit[new])))
+        ended = np.flatnonzero(slots.live[new] & ((status > 0) | (slots.drawn[new] >= slots.limit[new])))
         if len(ended):
             self._finish(new.start + ended, status[ended])
 
@@ -281,69 +310,62 @@ class LocalSampler:
         truncated = (params[:, TOP_K] > 0) | (params[:, TOP_P] < 1) | (params[:, MIN_P] > 0)
         rows = np.flatnonzero(truncated & ~greedy)
         if len(rows):
-            columns = (
-                params[rows, TOP_K].astype(int).tolist(),
-                params[rows, TOP_P].tolist(),
-                params[rows, MIN_P].tolist(),
-            )
-            how["filters"] = Filters.of(rows.tolist(), *columns, self._device)
+            top_k, top_p, min_p = params[rows][:, [TOP_K, TOP_P, MIN_P]].T
+            how["filters"] = Filters.of(rows, top_k.astype(np.int64), top_p, min_p, self._device)
         return how
 
     def _finish(self, ended: np.ndarray, status: np.ndarray) -> None:
         slots = self._slots
-        broken: dict[int, Job] = {}
+        broken: list[int] = []
         at = torch.from_numpy(ended).to(self._device)
-        L = int(slots.length[ended].max())
-        ids = slots.ids[at, :L].cpu().numpy()
-        logprobs = slots.logprobs[at, :L].cpu().numpy()
+        columns = int(slots.drawn[ended].max())
+        ids = slots.ids[at, :columns].cpu().numpy()
+        logprobs = slots.logprobs[at, :columns].cpu().numpy()
         for i, slot in enumerate(ended):
-            row, length = slots.rows[slot], int(slots.length[slot])
-            job = row.job
+            row, drawn = slots.rows[slot], int(slots.drawn[slot])
+            job, request_id = row.job, row.job.request.request_id
             if status[i] == _BROKEN:
-                broken[job.request.request_id] = job
+                broken.append(request_id)
                 continue
-            prompt = len(job.request.prompt)
+            tokens = row.tokens + ids[i, :drawn].tolist()
             job.completions[row.sample] = Completion(
-                tokens=tuple(ids[i, prompt:length].tolist()),
-                logprobs=tuple(row.logprobs + logprobs[i, slots.start[slot] : length].tolist()),
-                versions=_versions(row.spans, length - prompt),
+                tokens=tuple(tokens),
+                logprobs=tuple(row.logprobs + logprobs[i, :drawn].tolist()),
+                versions=_versions(row.spans, len(tokens)),
                 stop_reason="stop" if status[i] == _STOPPED else "length",
             )
             job.left -= 1
             if job.left == 0:
-                request_id = job.request.request_id
                 self._done.append(SampleResult(request_id, tuple(job.completions)))
                 del self._jobs[request_id]
         if broken:
-            slots.cache.wipe(at)
+            self._slots.cache.wipe(at, torch.from_numpy(slots.group[ended]).to(self._device))
         slots.drop(ended)
         for request_id in broken:
             self.cancel(request_id)
         if broken:
             raise NonFiniteError(
-                f"request {', '.join(map(str, broken))}: the model's logits hold NaN or infinity (weights of version "
-                f"{self.version}), and nothing was sampled from them. Look for a diverged update, or an overflow in "
-                "half precision"
+                f"request {', '.join(map(str, dict.fromkeys(broken)))}: the model's logits hold NaN or infinity "
+                f"(weights of version {self.version}), and nothing was sampled from them. Look for a diverged update "
+                "or an overflow in half precision"
             )
 
     def _string_ends(self, slot: int) -> bool:
         """Whether the newest token completes one of the row's stop strings."""
-        slots = self._slots
-        row, length = slots.rows[slot], int(slots.length[slot])
-        stops, first = row.job.request.params.stop, len(row.job.request.prompt)
-        newest = int(slots.ids[slot, length - 1])
-        text = self._token_text.get(newest)
+        written = self._slots.written(slot)
+        stops = self._slots.rows[slot].job.request.params.stop
+        text = self._token_text.get(written[-1])
         if text is None:
-            text = self._token_text[newest] = self._decode([newest])
+            text = self._token_text[written[-1]] = self._decode(written[-1:])
         # A string can only end here when its last character is in the newest token's text. Bytes of an unfinished
         # character, and blanks that a tokenizer strips from a lone token, are no evidence: decode then.
-        if text and "�" not in text and not any(stop[-1] in text or stop[-1].isspace() for stop in stops):
+        if text and "\ufffd" not in text and not any(stop[-1] in text or stop[-1].isspace() for stop in stops):
             return False
         longest = max(map(len, stops))
         size = longest + 8
         while True:
-            tail = self._decode(slots.ids[slot, max(first, length - size) : length].tolist())
-            if length - size <= first or len(tail) >= longest + len(text) + 4:
+            tail = self._decode(written[-size:])
+            if size >= len(written) or len(tail) >= longest + len(text) + 4:
                 return any(stop in tail for stop in stops)
             size *= 2
 
@@ -358,70 +380,123 @@ class LocalSampler:
             return
         self._compact()
         slots = self._slots
-        n = slots.n
-        longest, most = self._extent()
+        need = self._need()
         waiting = sum(len(entry.rows) for entry in self._waiting)
-        chosen: list[_Entry] = []
-        while self._waiting and n < self.max_batch_rows:
+        chosen: list[tuple[_Entry, list[Row]]] = []
+        while self._waiting and need.rows < self.max_batch_rows:
             entry = self._waiting[0]
-            length, limit = max(longest, len(entry.tokens)), max(most, _limit(entry.job.request))
-            free = min(self.max_batch_rows, self.max_kv_tokens // _columns_for(length, limit)) - n
-            # Slots free up one by one. Wait until an eighth of the batch is free, or each pass over prompts serves few
-            # rows; and until a quarter is before a group is torn apart, whose prompt must run again for the rest.
-            if n and free < min(len(entry.rows), max(1, self.max_batch_rows // 4)):
-                break
-            if slots.n and not chosen and free < min(waiting, (slots.n + free) // 8):
+            for most in (self.max_batch_rows - need.rows, _SHARE):  # where copies of the prefix do not fit, one may
+                more = need.plus(entry, most)
+                fitting = (self.max_kv_tokens - more.prefix_tokens) // more.columns
+                free = min(self.max_batch_rows, fitting, need.rows + most) - need.rows
+                if free > 0:
+                    break
+            if free < 1 and need.rows == 0 and entry.prefixes:
+                entry.forget()
+                self._compact()
+                need = self._need()
+                continue
+            # Slots free up one by one: with less than an eighth of them free, a pass over prompts would serve few rows.
+            if free < 1 or (slots.n and not chosen and free < min(waiting, (slots.n + free) // 8)):
                 break
             taken, entry.rows = entry.rows[:free], entry.rows[free:]
-            chosen.append(_Entry(entry.job, entry.tokens, taken))
-            n, longest, most = n + len(taken), length, limit
+            chosen.append((entry, taken))
+            need = replace(more, rows=need.rows + len(taken))
             if entry.rows:
                 break
             self._waiting.popleft()
         if chosen:
-            self._reshape(n, _columns_for(longest, most))
-            self._prefill(chosen)
+            self._reshape(need)
+            self._prefill([pair for pair in chosen if not pair[0].prefixes])
+            for entry, rows in chosen:
+                if entry.prefixes and rows[0].prefix is None:
+                    self._join(entry, rows)
+                if not entry.rows:
+                    entry.forget()
 
-    def _extent(self) -> tuple[int, int]:
-        """The longest row in flight, and the length that a row in flight may reach."""
-        live = self._slots.live[: self._slots.n]
-        if not live.any():
-            return 0, 0
-        return int(self._slots.length[: len(live)][live].max()), int(self._slots.limit[: len(live)][live].max())
+    def _need(self) -> _Need:
+        """What the rows in flight and the prefixes in store take."""
+        slots = self._slots
+        drawn, limit = slots.drawn[: slots.n], slots.limit[: slots.n]
+        return _Need(
+            rows=slots.n,
+            drawn=int(drawn.max(initial=0)),
+            limit=int(limit[slots.live[: slots.n]].max(initial=0)),
+            prefixes=len(slots.prefixes),
+            prefix_columns=max((len(prefix.tokens) for prefix in slots.prefixes), default=0),
+        )
 
-    def _prefill(self, entries: list[_Entry]) -> None:
-        """Run each sequence once, copy its keys and values to its rows' slots, and draw each row's next token."""
+    def _prefill(self, chosen: list[tuple[_Entry, list[Row]]]) -> None:
+        """Run each sequence once, store its keys and values, and draw the next token of each row on it."""
         slots = self._slots
         rows_of: dict[tuple[int, ...], list[Row]] = {}
-        for entry in entries:  # requests with the same prompt share it too
-            rows_of.setdefault(entry.tokens, []).extend(entry.rows)
+        for entry, rows in chosen:  # requests with the same prompt share it too
+            rows_of.setdefault(entry.tokens, []).extend(rows)
+        waits = {entry.tokens: entry for entry, _ in chosen if entry.rows}
         for batch in self._by_length(list(rows_of)):
-            rows = [row for tokens in batch for row in rows_of[tokens]]
-            for row in rows:
-                self._admitted += 1
-                row.order = self._admitted
-                row.spans.append((len(row.logprobs), self.version))
-            counts = np.array([len(rows_of[tokens]) for tokens in batch])
-            lengths = np.array([len(tokens) for tokens in batch])
+            first = len(slots.prefixes)
+            rows, places, source = [], [], []
+            for i, tokens in enumerate(batch):
+                copies = -(-len(rows_of[tokens]) // _SHARE)
+                places.extend(len(slots.prefixes) + j % copies for j in range(len(rows_of[tokens])))
+                new = [Prefix(tokens, held=tokens in waits) for _ in range(copies)]
+                slots.prefixes.extend(new)
+                source.extend([i] * copies)
+                rows.extend(rows_of[tokens])
+                if tokens in waits:
+                    waits[tokens].prefixes = new
+            lengths_N = torch.tensor([len(tokens) for tokens in batch]).to(self._device)
             ids_NS = torch.from_numpy(_padded(batch, self._filler)).to(self._device)
-            source = torch.from_numpy(np.repeat(np.arange(len(batch)), counts)).to(self._device)
-            new = slots.fill(rows, ids_NS[source], np.repeat(lengths, counts))
-            self._how = None
-            slots.cache.plan_prefill(new, int(counts[0]) if (counts == counts[0]).all() else source)
-            logits_NV = self._forward_whole(ids_NS, torch.from_numpy(lengths).to(self._device))
-            self._draw(new, logits_NV[source])
+            at = slice(first, len(slots.prefixes))
+            slots.cache.plan = Prefill(at, None if len(source) == len(batch) else torch.tensor(source).to(self._device))
+            logits_NV = self._forward_whole(ids_NS, lengths_N)
+            for i, tokens in enumerate(batch):
+                if tokens in waits:
+                    waits[tokens].logits_V = logits_NV[i].clone()
+            of_row = torch.tensor([source[place - first] for place in places]).to(self._device)
+            self._draw_first(rows, places, logits_NV[of_row])
+
+    def _join(self, entry: _Entry, rows: list[Row]) -> None:
+        """Let rows continue a prefix that their siblings brought in, spread over its copies."""
+        places = [self._slots.prefixes.index(prefix) for prefix in entry.prefixes]
+        load = [(prefix.rows, place) for prefix, place in zip(entry.prefixes, places, strict=True)]
+        heapq.heapify(load)
+        chosen = []
+        for _ in rows:
+            count, place = load[0]
+            chosen.append(place)
+            heapq.heapreplace(load, (count + 1, place))
+        self._draw_first(rows, chosen, entry.logits_V.expand(len(rows), -1))
+
+    def _draw_first(self, rows: list[Row], places: list[int], logits_BV: Tensor) -> None:
+        for row in rows:
+            self._admitted += 1
+            row.order = self._admitted
+            row.spans.append((len(row.tokens), self.version))
+        new = self._slots.fill(rows, places)
+        self._how = None
+        self._draw(new, logits_BV)
 
     def _recompute(self) -> None:
-        """Compute the keys and values of the rows in flight again, under the present weights."""
+        """Compute the keys and values of everything in flight again, under the present weights."""
         self._compact()
         slots = self._slots
-        lengths = slots.length[: slots.n] - 1  # the newest token has no keys and values yet
-        order = np.argsort(lengths, kind="stable")
-        for batch in self._by_length(order.tolist(), key=lambda slot: int(lengths[slot])):
+        lengths = np.array([len(prefix.tokens) for prefix in slots.prefixes])
+        for batch in self._by_length(range(len(lengths)), key=lambda place: int(lengths[place])):
+            slots.cache.plan = Prefill(torch.tensor(batch).to(self._device))
+            sequences = [slots.prefixes[place].tokens for place in batch]
+            ids_NS = torch.from_numpy(_padded(sequences, self._filler)).to(self._device)
+            self._forward_whole(ids_NS, torch.from_numpy(lengths[batch]).to(self._device))
+        drawn = slots.drawn[: slots.n] - 1  # the newest token has no keys and values yet
+        written = np.flatnonzero(drawn > 0).tolist()
+        for batch in self._by_length(written, key=lambda slot: int(drawn[slot])):
+            S = int(drawn[batch].max())
+            sharing = Sharing(slots.group[batch], lengths, self._device)
             at = torch.tensor(batch).to(self._device)
-            slots.cache.plan_prefill(at, torch.arange(len(batch), device=self._device))
-            lengths_N = torch.from_numpy(lengths[batch]).to(self._device)
-            self._forward_whole(slots.ids[at, : int(lengths[batch].max())], lengths_N)
+            slots.cache.plan = Extend(sharing, at, shared=self._shared)
+            position_BS = sharing.length_B[:, None] + torch.arange(S, device=self._device)
+            position_BS = position_BS.clamp(max=(self.context_length or 1 << 62) - 1)  # of the padding
+            self._forward(slots.ids[at, :S], position_BS, self._mask(sharing, position_BS, S))
 
     def _by_length(self, items: list, key: Callable = len) -> Iterator[list]:
         """Items in batches of like length, each of at most `max_prefill_tokens` with its padding."""
@@ -435,60 +510,85 @@ class LocalSampler:
             yield batch
 
     def _make_room(self) -> None:
-        """Widen the rectangle for one more token per row; where memory ends, the newest rows go back to the queue."""
+        """Widen the suffix store for one more token per row; where memory ends, the newest rows return to the queue."""
         slots = self._slots
-        longest, most = self._extent()
-        if longest <= slots.cache.columns:
+        need = self._need()
+        if need.drawn <= slots.cache.suffix_sides[1]:
             return
         self._compact()
-        if slots.n * longest > self.max_kv_tokens:
-            keep = max(1, self.max_kv_tokens // _columns_for(longest, most))
-            by_age = np.argsort([row.order for row in slots.rows[: slots.n]])
-            self._preempt(by_age[keep:])
-            longest, most = self._extent()
-        self._reshape(slots.n, max(longest, min(_columns_for(longest, most), self.max_kv_tokens // slots.n)))
+        need = self._need()
+        if need.tokens > self.max_kv_tokens:
+            for entry in self._waiting:
+                entry.forget()
+            self._preempt()
+            need = self._need()
+        self._reshape(need)
 
-    def _preempt(self, at: np.ndarray) -> None:
-        """Take the slots of these rows (oldest first). They wait at the head of the queue with what they have written;
-        since a draw depends on its position only, they will go on as if nothing had been."""
+    def _preempt(self) -> None:
+        """Take the slots of the newest rows, as many as must. They wait at the head of the queue with what they have
+        written; since a draw depends on its position only, they will go on as if nothing had been."""
         slots = self._slots
+        by_age = np.argsort([row.order for row in slots.rows[: slots.n]])
+        need, seen, keep = self._need(), set(), 0
+        need = replace(need, rows=0, prefixes=0, prefix_columns=0)
+        for slot in by_age:
+            prefix = slots.rows[slot].prefix
+            length = max(need.prefix_columns, len(prefix.tokens))
+            seen.add(id(prefix))
+            need = replace(need, rows=need.rows + 1, prefixes=len(seen), prefix_columns=length)
+            if keep and need.tokens > self.max_kv_tokens:
+                break
+            keep += 1
         entries = []
-        for slot in at:
-            row, length = slots.rows[slot], int(slots.length[slot])
-            row.logprobs.extend(slots.logprobs[slot, slots.start[slot] : length].tolist())
-            entries.append(_Entry(row.job, tuple(slots.ids[slot, :length].tolist()), [row]))
-        self._waiting.extendleft(reversed(entries))
-        slots.drop(at)
+        for slot in by_age[keep:]:
+            row = slots.rows[slot]
+            drawn = slots.ids[slot, : slots.drawn[slot]].tolist()
+            entries.append(_Entry(row.prefix.tokens + tuple(drawn), [row]))
+            row.tokens.extend(drawn)
+            row.logprobs.extend(slots.logprobs[slot, : slots.drawn[slot]].tolist())
+        slots.drop(by_age[keep:])
+        for entry in reversed(entries):
+            entry.rows[0].prefix = None
+            self._waiting.appendleft(entry)
         self._compact()
 
     def _compact(self) -> None:
         if self._slots.compact():
             self._how = None
 
-    def _reshape(self, rows: int, columns: int) -> None:
-        """Sides of at least rows × columns, grown by doubling and kept while the budget allows."""
-        R, C = self._slots.cache.rows, self._slots.cache.columns
-        if rows <= R and columns <= C:
+    def _reshape(self, need: _Need) -> None:
+        """Stores that hold at least `need`, grown by doubling in slots, and kept while the budget allows."""
+        slots = self._slots
+        (N, P), (R, C) = slots.cache.prefix_sides, slots.cache.suffix_sides
+        if need.prefixes <= N and need.prefix_columns <= P and need.rows <= R and need.drawn <= C:
             return
-        wider = max(C, columns)
-        taller = R if rows <= R else max(rows, min(2 * R, self.max_batch_rows))
-        for sides in ((taller, wider), (rows, wider), (taller, columns), (rows, columns)):
-            if sides[0] * sides[1] <= self.max_kv_tokens:
-                self._slots.reshape(*sides)
-                return
-        raise AssertionError(f"{rows} rows × {columns} columns were admitted over a budget of {self.max_kv_tokens}")
+        R = R if need.rows <= R else max(need.rows, min(2 * R, self.max_batch_rows))
+        N = N if need.prefixes <= N else max(need.prefixes, min(2 * N, R))
+        grown = (N, max(P, need.prefix_columns)), (R, max(C, need.columns))
+        if sum(a * b for a, b in grown) > self.max_kv_tokens:
+            spare = self.max_kv_tokens - need.prefix_tokens
+            columns = min(need.columns, spare // max(1, need.rows))
+            grown = (need.prefixes, need.prefix_columns), (need.rows, max(need.drawn, columns))
+        slots.reshape(*grown)
 
     # ------------------------------------------------------------------------------------------------- forward passes
 
     def _forward(self, ids_BS: Tensor, positions_BS: Tensor, mask: Tensor | dict | None, **kwargs) -> Tensor:
-        return self.model(
-            input_ids=ids_BS,
-            position_ids=positions_BS,
-            attention_mask=mask,
-            past_key_values=self._slots.cache,
-            use_cache=True,
-            **kwargs,
-        ).logits
+        attention = self.config._attn_implementation
+        if self._shared and mask is not None:
+            self.config._attn_implementation = SHARED_ATTENTION
+        try:
+            return self.model(
+                input_ids=ids_BS,
+                position_ids=positions_BS,
+                attention_mask=mask,
+                past_key_values=self._slots.cache,
+                use_cache=True,
+                **kwargs,
+            ).logits
+        finally:
+            if self.config._attn_implementation != attention:
+                self.config._attn_implementation = attention
 
     def _forward_whole(self, ids_NS: Tensor, lengths_N: Tensor) -> Tensor:
         """Run whole sequences, padded on the right. Returns the logits [N, V] after each one's last token.
@@ -507,20 +607,26 @@ class LocalSampler:
         logits_NSV = self._forward(ids_NS, positions_NS, None)
         return logits_NSV.gather(1, last_N1[:, :, None].expand(-1, -1, logits_NSV.shape[-1]))[:, 0]
 
-    def _mask(self, pos_B: Tensor, L: int) -> Tensor | dict[str, Tensor]:
-        """What one token at each of `pos_B` may attend to among L columns: additive [B, 1, 1, L], by kind of layer
-        where the model has several."""
-        columns_L = torch.arange(L, device=self._device)
-        behind_BL = pos_B[:, None] - columns_L
+    def _mask(self, sharing: Sharing, position_BS: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
+        """What the tokens at these positions may attend to, among the columns of their prefix and then `columns` of
+        their suffix: additive [B, 1, S, L], by kind of layer where the model has several."""
+        prefix_P = torch.arange(sharing.columns, device=self._device)
+        length_B1 = sharing.length_B[:, None]
+        suffix_BC = length_B1 + torch.arange(columns, device=self._device)
+        absent_BP = prefix_P >= length_B1
+        key_BL = torch.cat([prefix_P.expand(absent_BP.shape), suffix_BC], 1)
+        # A column of padding in the prefix counts as one from the future.
+        key_BL[:, : sharing.columns].masked_fill_(absent_BP, 1 << 40)
+        behind_BSL = position_BS[:, :, None] - key_BL[:, None, :]
         masks = {}
         for kind in self._kinds:
-            hidden_BL = behind_BL < 0
+            hidden_BSL = behind_BSL < 0
             if kind == "sliding_attention":
-                hidden_BL |= behind_BL >= self._window
+                hidden_BSL |= behind_BSL >= self._window
             elif kind == "chunked_attention":
-                hidden_BL |= columns_L // self._chunk != (pos_B // self._chunk)[:, None]
-            mask_BL = torch.zeros(hidden_BL.shape, dtype=self._dtype, device=self._device)
-            masks[kind] = mask_BL.masked_fill_(hidden_BL, -math.inf)[:, None, None, :]
+                hidden_BSL |= (key_BL // self._chunk)[:, None, :] != (position_BS // self._chunk)[:, :, None]
+            mask_BSL = torch.zeros(hidden_BSL.shape, dtype=self._dtype, device=self._device)
+            masks[kind] = mask_BSL.masked_fill_(hidden_BSL, -math.inf)[:, None]
         return masks if len(masks) > 1 else masks[self._kinds[0]]
 
     @contextlib.contextmanager
@@ -579,7 +685,7 @@ class LocalSampler:
                 f"model's context of {self.context_length}; shorten the prompt or set max_tokens to at most "
                 f"{max(0, self.context_length - len(prompt))}"
             )
-        if total - 1 > self.max_kv_tokens:
+        if len(prompt) + max(1, params.max_tokens - 1) > self.max_kv_tokens:  # the last token is never fed
             raise DataError(
                 f"{what}: one sample of {total} tokens does not fit a key/value memory of {self.max_kv_tokens} "
                 "tokens; raise max_kv_tokens or lower max_tokens"
@@ -587,59 +693,101 @@ class LocalSampler:
 
     def _check_model(self) -> None:
         """Compare a short ragged prefill and two cached steps with full passes, so that an architecture that this cache
-        does not suit is refused instead of sampled wrongly. Leaves `_token_bytes` measured."""
-        name = type(_base(self.model)).__name__
-        full_NS = (torch.arange(14, device=self._device).view(2, 7) * 7 + 3) % self.vocab_size
-        if self.context_length is not None and self.context_length < full_NS.shape[1]:
+        does not suit is refused instead of sampled wrongly. One whose attention cannot be replaced by ours gets every
+        row's prefix copied in every step: slower, and as right."""
+        if self.context_length is not None and self.context_length < 7:
             return
-        lengths = torch.tensor([5, 3], device=self._device)
-        slots = self._slots
+        name = type(_base(self.model)).__name__
+        tolerance = 0.01 if self._dtype in (torch.float32, torch.float64) else 0.2
+        problems = []
+        for self._shared in (True, False):
+            try:
+                off = self._cached_error()
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+                problems.append(f"{type(error).__name__}: {error}")
+            else:
+                if off <= tolerance:
+                    return
+                problems.append(f"relative to the spread of its logits, it is {off:.2g} off (tolerance {tolerance})")
+        raise ConfigError(
+            f"model {name}: decoding with LocalSampler's key/value cache does not reproduce its full pass "
+            f"({problems[-1]}). Its attention is of another kind, or its weights are not finite; sample from it with "
+            "another engine"
+        )
+
+    def _cached_error(self) -> float:
+        full_NS = (torch.arange(14, device=self._device).view(2, 7) * 7 + 3) % self.vocab_size
+        length_N = torch.tensor([5, 3], device=self._device)
+        slots, errors = self._slots, []
         try:
             with self._inference():
                 expected_NSV = torch.cat([self.model(input_ids=row[None], use_cache=False).logits for row in full_NS])
-                slots.reshape(2, 8)
-                slots.cache.plan_prefill(slice(0, 2), 1)
-                steps = [(lengths, self._forward_whole(full_NS[:, :5], lengths))]
-                for _ in range(2):
-                    pos_B = steps[-1][0]
-                    L = int(pos_B.max()) + 1
-                    slots.cache.plan_decode(pos_B, L)
-                    token_B1 = full_NS.gather(1, pos_B[:, None])
-                    steps.append((pos_B + 1, self._forward(token_B1, pos_B[:, None], self._mask(pos_B, L))[:, -1]))
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-            raise ConfigError(
-                f"model {name} cannot be decoded with an explicit key/value cache ({type(error).__name__}: {error}); "
-                "sample from it with another engine"
-            ) from error
+                slots.cache.reshape((2, 5), (2, 2), 0, 0)
+                slots.cache.plan = Prefill(slice(0, 2))
+                logits_NV = self._forward_whole(full_NS[:, :5], length_N)
+                sharing = Sharing(np.arange(2), np.array([5, 3]), self._device)
+                for column in range(3):
+                    position_N1 = (length_N + column)[:, None]
+                    expected_NV = expected_NSV[torch.arange(2, device=self._device), position_N1[:, 0] - 1].double()
+                    scale = (expected_NV - expected_NV.mean(-1, keepdim=True)).norm() + 1e-3 * self.vocab_size**0.5
+                    errors.append(float((logits_NV.double() - expected_NV).norm() / scale))
+                    if column == 2:
+                        break
+                    slots.cache.plan = Decode(
+                        sharing, torch.full_like(length_N, column), column + 1, shared=self._shared
+                    )
+                    mask = self._mask(sharing, position_N1, column + 1)
+                    logits_NV = self._forward(full_NS.gather(1, position_N1), position_N1, mask)[:, -1]
         finally:
-            self._measured_token_bytes = slots.cache.token_bytes()
+            self._token_bytes = slots.cache.token_bytes()
             self._slots = Slots(self.config.num_hidden_layers, self._device)
-        tolerance = 0.01 if self._dtype in (torch.float32, torch.float64) else 0.2
-        for length_N, logits_NV in steps:
-            expected_NV = expected_NSV[torch.arange(2, device=self._device), length_N - 1].double()
-            scale = (expected_NV - expected_NV.mean(-1, keepdim=True)).norm() + 1e-3 * self.vocab_size**0.5
-            error = float((logits_NV.double() - expected_NV).norm() / scale)
-            if not error <= tolerance:
-                raise ConfigError(
-                    f"model {name}: cached decoding is {error:.2g} away from its full pass, relative to the spread of "
-                    f"its logits (tolerance {tolerance}); its attention or cache is not one that LocalSampler handles, "
-                    "or its weights are not finite. Sample from it with another engine"
-                )
-
-    def _token_bytes(self) -> int:
-        return self._measured_token_bytes
+        return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
-def _columns_for(longest: int, most: int) -> int:
-    """Columns to take when rows of `longest` tokens may grow to `most`: room to grow, but not all the way. Attention
-    reads a tight rectangle as one stream, which measured 1.5 × faster than the first half of a wide one; and widening
-    it by an eighth, one copy, is soon forgotten among the steps that each read all of it."""
-    return max(1, min(most - 1, longest + max(_GROWTH, longest // 8)))
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What some rows take of the stores. drawn: columns used. limit: columns that a row may come to use, plus one."""
+
+    rows: int
+    drawn: int
+    limit: int
+    prefixes: int
+    prefix_columns: int
+
+    @property
+    def columns(self) -> int:
+        """Columns to take for suffixes: room to grow, but not all the way. Widening a store by an eighth costs a copy,
+        soon forgotten among the steps that each read all of it."""
+        return max(1, self.drawn, min(self.limit - 1, self.drawn + max(_GROWTH, self.drawn // 8)))
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.prefixes * self.prefix_columns
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.rows * self.columns
+
+    def plus(self, entry: _Entry, most: int) -> _Need:
+        """With the entry's prefix, copied for up to `most` rows, and the limit of its rows, but not the rows."""
+        limit = max(self.limit, max(row.job.request.params.max_tokens - len(row.tokens) for row in entry.rows))
+        if entry.prefixes:
+            return replace(self, limit=limit)
+        copies = -(-min(len(entry.rows), most) // _SHARE)
+        prefix_columns = max(self.prefix_columns, len(entry.tokens))
+        return replace(self, limit=limit, prefixes=self.prefixes + copies, prefix_columns=prefix_columns)
 
 
 def _limit(request: SampleRequest) -> int:
     """The length of prompt and completion at which a sample is truncated."""
     return len(request.prompt) + request.params.max_tokens
+
+
+def _token_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one token, as the config has it."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
 
 
 def _versions(spans: list[tuple[int, int]], length: int) -> tuple[int, ...]:

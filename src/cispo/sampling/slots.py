@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cispo.sampling.cache import SlotCache, resized
+from cispo.sampling.cache import Sharing, SlotCache, resized
 from cispo.sampling.draw import row_seed
 from cispo.types import Completion, SampleRequest
 
-CUR, POS, COUNT, SEED = range(4)  # columns of `Slots.ints`
+CUR, COLUMN, POSITION, COUNT, SEED = range(5)  # columns of `Slots.ints`; a draw adds 1 to the middle three
 TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)  # columns of `Slots.params`
 
 
@@ -32,68 +31,92 @@ class Job:
     left: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Prefix:
+    """A sequence in the prefix store. rows: how many in flight continue it. held: rows that wait will continue it."""
+
+    tokens: tuple[int, ...]
+    rows: int = 0
+    held: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Row:
-    """One sample under way. `logprobs` holds what it drew before it last lost its slot; `spans` lists (tokens drawn
-    until then, version from there on); `order` is its place in the order of admission."""
+    """One sample under way. tokens, logprobs: what it drew before it last lost its slot. spans: (tokens drawn before,
+    version from there on). order: its place in the order of admission."""
 
     job: Job
     sample: int
-    logprobs: list[float]
-    spans: list[tuple[int, int]]
-    order: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    order: int = 0
+    prefix: Prefix | None = None
 
 
 class Slots:
-    """R slots of `columns` key/value tokens. Row r's token p stands at column p of `ids`, its key and value at column p
-    of the cache, its log-prob at column p of `logprobs`.
+    """n slots of the rows in flight, and the prefixes that these continue.
 
-    ints: int64 [R, 4], by slot: the newest token, its position, the tokens drawn so far, the row's seed.
-    stops: int64 [R, E], the ids that end the row, filled up with -1.
-    Host: rows; length (tokens, the newest one included); limit (length at which the row is truncated); start (length
-    when it got its slot); params; watched (has stop strings); live (false once finished, until the slot is given away).
+    ints: int64 [R, 5], by slot: the newest token, its column, its position in the whole sequence, the tokens drawn so
+    far, the row's seed. stops: int64 [R, E], the ids that end the row, filled up with -1. ids, logprobs: what it drew
+    since it got its slot, the token whose key stands at column c of the suffix store at column c.
+    Host: rows; drawn (since it got its slot); limit (of `drawn`); group (slot of its prefix); params; watched (has stop
+    strings); live (false once finished, until the slot is given away).
     """
 
     def __init__(self, layers: int, device: torch.device):
         self.device = device
-        self.cache = SlotCache(layers, 0, 0)
+        self.cache = SlotCache(layers)
         self.n = 0
         self.dead = 0
         self.rows: list[Row | None] = []
-        self.ints = torch.zeros(0, 4, dtype=torch.int64, device=device)
+        self.prefixes: list[Prefix] = []
+        self.ints = torch.zeros(0, 5, dtype=torch.int64, device=device)
         self.stops = torch.full((0, 1), -1, dtype=torch.int64, device=device)
         self.ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
-        self.length, self.limit, self.start = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self.drawn, self.limit, self.group = (np.zeros(0, dtype=np.int64) for _ in range(3))
         self.params = np.zeros((0, 4))
         self.watched, self.live = (np.zeros(0, dtype=bool) for _ in range(2))
+        self._sharing: Sharing | None = None
 
     @property
     def _host(self) -> tuple[np.ndarray, ...]:
-        return self.length, self.limit, self.start, self.params, self.watched, self.live
+        return self.drawn, self.limit, self.group, self.params, self.watched, self.live
 
-    def reshape(self, rows: int, columns: int) -> None:
-        """Give the rectangle other sides; rows in flight stay."""
-        self.cache.reshape(rows, columns, self.n)
-        self.ids = resized(self.ids, rows, columns + 1, self.n, dim=1)
-        self.logprobs = resized(self.logprobs, rows, columns + 1, self.n, dim=1)
-        if rows != len(self.rows):
-            self.ints = resized(self.ints, rows, 4, self.n, dim=1)
-            self.stops = resized(self.stops, rows, self.stops.shape[1], self.n, dim=1)
-            self.rows = (self.rows + [None] * rows)[:rows]
-            self.length, self.limit, self.start, self.params, self.watched, self.live = (
-                np.concatenate([x, np.zeros((rows, *x.shape[1:]), x.dtype)])[:rows] for x in self._host
+    @property
+    def sharing(self) -> Sharing:
+        """Which prefix each of the n rows continues."""
+        if self._sharing is None:
+            lengths_N = np.array([len(prefix.tokens) for prefix in self.prefixes])
+            self._sharing = Sharing(self.group[: self.n], lengths_N, self.device)
+        return self._sharing
+
+    def reshape(self, prefix_sides: tuple[int, int], suffix_sides: tuple[int, int]) -> None:
+        """Give the stores other sides; what is in flight stays."""
+        self.cache.reshape(prefix_sides, suffix_sides, len(self.prefixes), self.n)
+        R, columns = suffix_sides
+        self.ids = resized(self.ids, R, columns + 1, self.n, dim=1)
+        self.logprobs = resized(self.logprobs, R, columns + 1, self.n, dim=1)
+        if len(self.rows) != R:
+            self.ints = resized(self.ints, R, 5, self.n, dim=1)
+            self.stops = resized(self.stops, R, self.stops.shape[1], self.n, dim=1)
+            self.rows = (self.rows + [None] * R)[:R]
+            self.drawn, self.limit, self.group, self.params, self.watched, self.live = (
+                np.concatenate([x[: self.n], np.zeros((R - self.n, *x.shape[1:]), x.dtype)]) for x in self._host
             )
 
-    def fill(self, rows: list[Row], ids_RS: Tensor, lengths: np.ndarray) -> slice:
-        """Give the next slots to `rows`, whose sequences so far (prompt, and what they drew before) are `ids_RS` up to
-        `lengths`. The newest of these tokens is the last one that has keys and values already."""
+    def fill(self, rows: list[Row], prefixes: list[int]) -> slice:
+        """Give the next slots to `rows`, which continue the prefixes at these places. Nothing is drawn yet."""
         new = slice(self.n, self.n + len(rows))
+        for row, place in zip(rows, prefixes, strict=True):
+            row.prefix = self.prefixes[place]
+            row.prefix.rows += 1
         requests = [row.job.request for row in rows]
-        prompts = np.array([len(request.prompt) for request in requests])
-        ints = np.zeros((len(rows), 4), dtype=np.int64)
-        ints[:, POS] = lengths - 1
-        ints[:, COUNT] = lengths - prompts
+        ints = np.empty((len(rows), 5), dtype=np.int64)
+        ints[:, CUR], ints[:, COLUMN] = 0, -1
+        ints[:, POSITION] = [len(row.prefix.tokens) - 1 for row in rows]
+        ints[:, COUNT] = [len(row.tokens) for row in rows]
         ints[:, SEED] = [row_seed(row.job.seed, row.sample) for row in rows]
         self.ints[new] = torch.from_numpy(ints).to(self.device)
         most = max(len(row.job.stop_token_ids) for row in rows)
@@ -104,47 +127,74 @@ class Slots:
         E = self.stops.shape[1]
         stops = [row.job.stop_token_ids + (-1,) * (E - len(row.job.stop_token_ids)) for row in rows]
         self.stops[new] = torch.tensor(stops, dtype=torch.int64).to(self.device)
-        self.ids[new, : ids_RS.shape[1]] = ids_RS
-        self.length[new] = self.start[new] = lengths
-        self.limit[new] = prompts + [request.params.max_tokens for request in requests]
+        self.drawn[new] = 0
+        self.limit[new] = [request.params.max_tokens for request in requests] - ints[:, COUNT]
+        self.group[new] = prefixes
         self.params[new] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (r.params for r in requests)]
         self.watched[new] = [bool(request.params.stop) for request in requests]
         self.live[new] = True
         self.rows[new] = rows
         self.n += len(rows)
+        self._sharing = None
         return new
 
+    def written(self, slot: int) -> list[int]:
+        """All tokens that the row has drawn."""
+        return self.rows[slot].tokens + self.ids[slot, : int(self.drawn[slot])].tolist()
+
     def drop(self, slots: np.ndarray) -> None:
-        """Mark rows as finished. A dead row goes on at position 0, which keeps it inside the rectangle, until `compact`
+        """Mark rows as finished. A dead row goes on from column 0, which keeps it inside its store, until `compact`
         gives its slot away."""
         self.live[slots] = False
-        self.length[slots] = 1
+        self.drawn[slots] = 1
         self.limit[slots] = np.iinfo(np.int64).max
         self.watched[slots] = False
         self.dead += len(slots)
         for slot in slots:
+            self.rows[slot].prefix.rows -= 1
             self.rows[slot] = None
-        self.ints[torch.from_numpy(np.asarray(slots)).to(self.device), POS] = 0
+        at = torch.from_numpy(np.asarray(slots)).to(self.device)
+        self.ints[at, COLUMN] = 0
+        self.ints[at, POSITION] = 0
 
     def compact(self) -> bool:
-        """Move the last live rows into the slots of dead ones. True when the rows in flight stand elsewhere now."""
-        if not self.dead:
-            return False
-        n = self.n - self.dead
-        columns = int(self.length[: self.n].max())
-        target = np.flatnonzero(~self.live[:n])
-        source = n + np.flatnonzero(self.live[n : self.n])
-        if len(target):
-            to, of = (torch.from_numpy(x).to(self.device) for x in (target, source))
-            self.cache.move(of, to, columns)
-            self.ints[to], self.stops[to] = self.ints[of], self.stops[of]
-            self.ids[to, :columns] = self.ids[of, :columns]
-            self.logprobs[to, :columns] = self.logprobs[of, :columns]
-            for x in self._host:
-                x[target] = x[source]
+        """Move the last live rows into the slots of dead ones, and the last prefixes into those that nobody continues.
+        True when the rows in flight stand elsewhere now."""
+        if self.dead:
+            n = self.n - self.dead
+            target, source = _holes(self.live[: self.n], n)
+            if len(target):
+                to, of = (torch.from_numpy(x).to(self.device) for x in (target, source))
+                columns = int(self.drawn[source].max())
+                self.cache.move_rows(of, to, columns)
+                self.ints[to], self.stops[to] = self.ints[of], self.stops[of]
+                self.ids[to, :columns] = self.ids[of, :columns]
+                self.logprobs[to, :columns] = self.logprobs[of, :columns]
+                for x in self._host:
+                    x[target] = x[source]
+                for a, b in zip(target, source, strict=True):
+                    self.rows[a] = self.rows[b]
+            self.live[n : self.n] = False
+            self.rows[n : self.n] = [None] * (self.n - n)
+        moved = self.dead > 0
+        self.n, self.dead = self.n - self.dead, 0
+        wanted = np.array([prefix.rows > 0 or prefix.held for prefix in self.prefixes], dtype=bool)
+        if not wanted.all():
+            target, source = _holes(wanted, int(wanted.sum()))
+            if len(target):
+                self.cache.move_prefixes(*(torch.from_numpy(x).to(self.device) for x in (source, target)))
+            places = np.arange(len(wanted))
+            places[source] = target
+            self.group[: self.n] = places[self.group[: self.n]]
             for a, b in zip(target, source, strict=True):
-                self.rows[a] = self.rows[b]
-        self.live[n : self.n] = False
-        self.rows[n : self.n] = [None] * (self.n - n)
-        self.n, self.dead = n, 0
-        return True
+                self.prefixes[a] = self.prefixes[b]
+            del self.prefixes[int(wanted.sum()) :]
+            moved = True
+        if moved:
+            self._sharing = None
+        return moved
+
+
+def _holes(wanted: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The unwanted places below n, and as many wanted ones from n on."""
+    return np.flatnonzero(~wanted[:n]), n + np.flatnonzero(wanted[n:])
