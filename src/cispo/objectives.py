@@ -285,13 +285,15 @@ def kl_estimate(
     input_clamp: float | None = None,
     output_clamp: float | None = None,
     score_gradient: bool = False,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(π ‖ π_ref) from tokens sampled by π, differentiable in `logprobs`.
 
     With ℓ = log π_ref − log π: k1 = −ℓ, k2 = ℓ²/2, k3 = exp(ℓ) − 1 − ℓ (Schulman, joschu.net/blog/kl-approx.html).
     `input_clamp` bounds |ℓ| and `output_clamp` the estimate's magnitude; NeMo RL uses 20 and 10. A clamped token has
     no KL gradient. `score_gradient` adds the gradient KL·∇log π of the sampling distribution and no value, before the
-    output clamp and not at tokens whose input was clamped, as NeMo RL has it (arXiv:2506.09477).
+    output clamp and not at tokens whose input was clamped, as NeMo RL has it (arXiv:2506.09477). `ratio` multiplies
+    the estimate, with its gradient, before the output clamp (DeepSeek-V3.2, arXiv:2512.02556; TRL, miles).
 
     Raises ConfigError for an unknown form.
     """
@@ -313,6 +315,8 @@ def kl_estimate(
             raise ConfigError(f"form = {form!r}: not a KL estimator; use 'k1', 'k2' or 'k3'")
     if score is not None:
         kl = score * kl
+    if ratio is not None:
+        kl = ratio * kl
     return kl if output_clamp is None else kl.clamp(-output_clamp, output_clamp)
 
 
@@ -324,10 +328,15 @@ def with_kl(
     input_clamp: float | None = None,
     output_clamp: float | None = None,
     score_gradient: bool = False,
+    ratio_weighted: bool = False,
 ) -> Callable[..., Tensor]:
-    """`objective` plus coef · `kl_estimate`, reading one more column, `reference_logprobs`. Still token-local."""
+    """`objective` plus coef · `kl_estimate`, reading one more column, `reference_logprobs`. Still token-local.
+
+    ratio_weighted: the estimate times π/`anchor_logprobs`, a column that is then passed on to `objective` too.
+    """
 
     def penalised(logprobs: Tensor, *, reference_logprobs: Tensor, **columns: Tensor) -> Tensor:
+        ratio = _log_ratio(logprobs, columns["anchor_logprobs"]).exp() if ratio_weighted else None
         kl = kl_estimate(
             logprobs,
             reference_logprobs,
@@ -335,6 +344,7 @@ def with_kl(
             input_clamp=input_clamp,
             output_clamp=output_clamp,
             score_gradient=score_gradient,
+            ratio=ratio,
         )
         return objective(logprobs, **columns) + coef * kl
 
@@ -397,7 +407,8 @@ def bind(algorithm: AlgorithmConfig) -> BoundObjective:
         bound = _wrap(with_weights(bound), bound, "correction_weights")
     if algorithm.kl is not None and algorithm.kl.place == "loss":
         options = algorithm.kl.model_dump(exclude={"place"})
-        bound = _wrap(with_kl(bound, **options), bound, "reference_logprobs")
+        anchor = ("anchor_logprobs",) if algorithm.kl.ratio_weighted else ()
+        bound = _wrap(with_kl(bound, **options), bound, "reference_logprobs", *anchor)
     return replace(bound, source=algorithm)
 
 

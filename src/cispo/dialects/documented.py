@@ -53,13 +53,13 @@ EXAMPLES = (
     Documented(
         "nemo-rl",
         "nemo-rl",
-        "nemo-rl/cispo.yaml",
+        "nemo-rl/cispo.yml",
         "the loss_fn block of NeMo RL's CISPO guide",
     ),
     Documented(
         "nemo-rl-async-lag1",
         "nemo-rl",
-        "nemo-rl/async-lag1.yaml",
+        "nemo-rl/async-lag1.yml",
         "NeMo RL's async lag-1 high-off-policy recipe: 32 prompts × 16, minibatch 32, 16 updates, age at most 1",
     ),
     Documented(
@@ -91,7 +91,7 @@ EXAMPLES = (
 
 def translated(example: Documented, folder: Path) -> Translation:
     """The example as `cispo explain --like` reads it; files are looked for in `folder`."""
-    words = [str(folder / word) if word.endswith(".yaml") else word for word in shlex.split(example.arguments)]
+    words = [str(folder / word) if word.endswith(".yml") else word for word in shlex.split(example.arguments)]
     return translate(example.system, words)
 
 

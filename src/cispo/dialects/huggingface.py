@@ -59,6 +59,7 @@ _COMMON = [
     Setting("adam_beta2", "float"),
     Setting("adam_epsilon", "float", 1e-8),
     Setting("max_grad_norm", "float", 1.0),
+    Setting("optim", "str", "adamw_torch", choices=("adamw_torch", "adamw_torch_fused")),
     Setting("lr_scheduler_type", "str", choices=_SCHEDULES),
     Setting("warmup_steps", "float", 0.0),
     Setting("warmup_ratio", "float"),
@@ -138,7 +139,6 @@ _NO_EQUAL = "changes the algorithm and has no equal here"
 _UNSUPPORTED = {
     "top_entropy_quantile": (1.0, f"masks all but high-entropy tokens, which {_NO_EQUAL}"),
     "sync_ref_model": (False, f"moves the reference model, which {_NO_EQUAL}"),
-    "use_bias_correction_kl": (False, f"weights the KL by the ratio, which {_NO_EQUAL}"),
     "use_adaptive_entropy": (False, f"adapts the entropy bonus, which {_NO_EQUAL}"),
     "repetition_penalty": (1.0, f"changes the sampled distribution, which {_NO_EQUAL}"),
     "multi_objective_aggregation": ("sum_then_normalize", f"normalises each reward by itself, which {_NO_EQUAL}"),
@@ -148,7 +148,11 @@ _UNSUPPORTED = {
     "use_dora": (False, f"is another adapter, which {_NO_EQUAL}"),
     "generation_kwargs": (None, f"changes sampling, which {_NO_EQUAL}"),
     "reward_model_name_or_path": (None, "reward models are not loaded here; wrap one as package.module.function"),
-    "optim": ("adamw_torch", "only AdamW is here"),
+    "lr_scheduler_kwargs": (None, f"bends the schedule, which {_NO_EQUAL}; see --optimizer.min_learning_rate_share"),
+    "optim_args": (None, f"is of another optimizer, which {_NO_EQUAL}"),
+    "optim_target_modules": (None, f"is of another optimizer, which {_NO_EQUAL}"),
+    "lora_target_parameters": (None, f"is another adapter, which {_NO_EQUAL}"),
+    "lora_modules_to_save": (None, f"trains modules beside the adapter, which {_NO_EQUAL}"),
 }
 
 
@@ -182,6 +186,7 @@ TRL = _table(
         Setting("vllm_importance_sampling_clip_min", "float", None),
         Setting("cast_lm_head_to_fp32", "bool", False),
         Setting("entropy_coef", "float", 0.0),
+        Setting("use_bias_correction_kl", "bool", True),
         Setting("lora_r", "int", 16, ("lora_rank",)),
         Setting("lora_alpha", "float", 32.0),
         Setting("lora_target_modules", "list", None),
@@ -351,6 +356,8 @@ def _objective(draft: Draft, given: Given) -> None:
     if given["beta"]:
         draft.take("algorithm.kl.coef", given, "beta")
         draft.set("algorithm.kl.form", "k3", f"{draft.table.title}'s KL")
+        if draft.table is TRL and given["use_bias_correction_kl"]:
+            draft.take("algorithm.kl.ratio_weighted", given, "use_bias_correction_kl")
     if given["off_policy_mask_threshold"] is not None:
         draft.take("algorithm.opsm_delta", given, "off_policy_mask_threshold")
     if draft.table is TRL and given["entropy_coef"]:
@@ -494,6 +501,7 @@ def _optimizer(draft: Draft, given: Given) -> None:
     for key, name in (("weight_decay", "weight_decay"), ("beta1", "adam_beta1"), ("beta2", "adam_beta2"),
                       ("eps", "adam_epsilon"), ("grad_clip_norm", "max_grad_norm")):  # fmt: skip
         draft.take(f"optimizer.{key}", given, name)
+    _ = given["optim"]  # either spelling is AdamW
     schedule = given["lr_scheduler_type"]
     if schedule == "cosine_with_min_lr":
         draft.problem("--lr_scheduler_type cosine_with_min_lr: use cosine and --optimizer.min_learning_rate_share")

@@ -47,6 +47,7 @@ _SETTINGS = [
     Setting("kl_loss_coef", "float", 0.0),
     Setting("kl_loss_type", "str", "k1", choices=("k1", "k2", "k3", "low_var_kl")),
     Setting("kl_coef", "float", 0.0),
+    Setting("use_unbiased_kl", "bool", False),
     Setting("entropy_coef", "float", 0.0),
     Setting("normalize_advantages", "bool", False),
     Setting("disable_grpo_std_normalization", "bool", False),
@@ -128,7 +129,6 @@ _IGNORED = {
 }  # fmt: skip
 _NO_EQUAL = "changes the algorithm and has no equal here"
 _UNSUPPORTED = {
-    "use_unbiased_kl": (False, f"weights the KL by the ratio, which {_NO_EQUAL}"),
     "ref_update_interval": (None, f"moves the reference model, which {_NO_EQUAL}"),
     "use_opd": (False, f"distils from a teacher, which {_NO_EQUAL} (the formula is `advantages.distilled`)"),
     "reset_optimizer_states": (False, f"forgets the optimizer's moments, which {_NO_EQUAL}"),
@@ -236,6 +236,8 @@ def _penalties(draft: Draft, given: Given) -> None:
     draft.set("algorithm.kl.coef", given["kl_loss_coef"] if in_loss else given["kl_coef"], given.origin(*names))
     draft.set("algorithm.kl.place", "loss" if in_loss else "reward", given.origin(*names))
     draft.take("algorithm.kl.form", given, "kl_loss_type", "k3" if form == "low_var_kl" else form)
+    if given["use_unbiased_kl"] and in_loss:
+        draft.take("algorithm.kl.ratio_weighted", given, "use_unbiased_kl")
     if form == "low_var_kl":
         draft.set("algorithm.kl.input_clamp", 20.0, "miles' low_var_kl")
         draft.set("algorithm.kl.output_clamp", 10.0, "miles' low_var_kl")

@@ -80,8 +80,8 @@ _IGNORED = {
         "cluster", "cluster.*", "policy.dtensor_cfg*", "policy.megatron_cfg*", "policy.dynamic_batching*",
         "policy.sequence_packing*", "policy.train_micro_batch_size", "policy.generation_batch_size",
         "policy.logprob_*", "policy.offload_*", "policy.make_sequence_length_divisible_by",
-        "policy.optimizer.kwargs.*", "policy.refit_buffer_size_gb", "policy.optimizer", "policy.fsdp_offload_enabled",
-        "policy.activation_checkpointing_enabled",
+        "policy.optimizer.kwargs.*", "policy.refit_buffer_size_gb", "policy.optimizer",
+        "policy.fsdp_offload_enabled", "policy.activation_checkpointing_enabled",
     ),
     "the schedule is ours: set --optimizer.schedule": ("policy.scheduler*",),
     "the sampling engine is cispo's own": (
