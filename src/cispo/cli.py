@@ -664,6 +664,19 @@ def door(module: str, options: str, function: str, name: str) -> Callable[[list[
     return run
 
 
+def run_bench(words: list[str], console: Console) -> int:
+    from cispo import bench
+
+    names = ", ".join(bench.BENCHES)
+    if not words or words[0] in ("-h", "--help"):
+        console.print(f"usage: cispo bench NAME ...   NAME is one of {names}; cispo bench NAME --help says more")
+        return 0 if words else 2
+    if words[0] not in bench.BENCHES:
+        raise ConfigError(f"bench {words[0]}: unknown; choose from {names}")
+    options, run = bench.load(words[0])
+    return run(tyro.cli(options, prog=f"cispo bench {words[0]}", args=words[1:], use_underscores=True))
+
+
 @dataclass(frozen=True)
 class Command:
     """One command: what it is for, and what runs it."""
@@ -686,6 +699,10 @@ COMMANDS: dict[str, Command] = {
         "recipes against each other on paired seeds",
         door("cispo.report.compare", "CompareOptions", "compare", "compare"),
     ),
+    "watch": Command(
+        "a run while it goes: a live page, or --tui", door("cispo.report.watch", "WatchOptions", "watch", "watch")
+    ),
+    "bench": Command("benchmarks against the alternatives", run_bench),
     "check": Command(
         "bounds on a run's metrics, for nightly jobs", door("cispo.check", "CheckOptions", "check", "check")
     ),
