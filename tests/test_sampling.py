@@ -643,11 +643,12 @@ def test_logits_that_are_not_finite_end_their_request_and_no_other():
         model.model.embed_tokens.weight[60] = math.nan
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
         model.lm_head.bias[60] = -1e4  # nobody draws it
-    requests = [request(i, [3 + i, 9], 2, max_tokens=20, stop_token_ids=(), top_k=3) for i in range(6)]
+    lengths = (2, 12, 2, 1, 1, 2)  # a short prompt beside a long one has masked columns, where the NaN may stand
+    requests = [request(i, [3 + i] * n, 2, max_tokens=20, stop_token_ids=()) for i, n in enumerate(lengths)]
     for one in requests[:3]:
         sampler.submit(one)
     sampler.poll()
-    sampler.submit(request(50, [4, 60, 5], 2))
+    sampler.submit(request(50, [4, 60, 5, 60], 2))
     with pytest.raises(NonFiniteError, match="request 50"):
         sampler.poll()
     for one in requests[3:]:  # these take the slots where the NaN was
@@ -657,6 +658,33 @@ def test_logits_that_are_not_finite_end_their_request_and_no_other():
         results += sampler.poll()
     results.sort(key=lambda result: result.request_id)
     assert worst_gap(model, requests, results) < 1e-4
+
+
+def test_weights_that_are_not_finite_end_what_is_in_flight_and_better_ones_go_on():
+    model = make_model()
+    sampler = LocalSampler(model, steps_per_poll=1)
+    for i in range(3):
+        sampler.submit(request(i, [3, 4 + i], 4, max_tokens=40, stop_token_ids=()))
+    for _ in range(6):
+        sampler.poll()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.fill_(math.inf)
+    sampler.update_weights(None, 1)
+    with pytest.raises(NonFiniteError, match="request 0, 1, 2"):
+        sampler.poll()
+    assert sampler.pending == 0
+    fresh = make_model()
+    model.load_state_dict(fresh.state_dict())
+    sampler.update_weights(None, 2)
+    requests = [request(i, [7] * (1 + i % 3), 3, max_tokens=3 + i, stop_token_ids=()) for i in range(10)]
+    results = []
+    for one in requests:  # staggered, so that some rows look past columns that others have not reached
+        sampler.submit(one)
+        results += sampler.poll()
+    while sampler.pending:
+        results += sampler.poll()
+    results.sort(key=lambda result: result.request_id)
+    assert worst_gap(fresh, requests, results) < 1e-4
 
 
 @pytest.mark.parametrize(
