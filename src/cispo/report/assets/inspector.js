@@ -244,9 +244,9 @@ export class Inspector {
     const what = trained
       ? unknown && !this.largest
         ? `The gradient under ${describe(this.objectiveNow)} is not known here; PPO's 0.8 – 1.2 would silence ${number(silent)} of ${number(trained)} trained tokens.`
-        : `${number(trained)} of ${number(tokens)} tokens are trained (the others' advantage is 0). ` +
-        `${describe(this.objectiveNow)} silences ${number(cut)} of them (${percent(cut / trained)}, ${percent(force ? lost / force : 0)} of the unclipped gradient); ` +
-        `PPO's 0.8 – 1.2 would silence ${number(silent)}.`
+        : (trained < tokens ? `${number(trained)} of ${number(tokens)} tokens are trained (the others' advantage is 0). ` : `All ${number(tokens)} tokens are trained. `) +
+          `${describe(this.objectiveNow)}: silences ${cut ? `${number(cut)} of them (${percent(cut / trained)}), with ${percent(lost / force)} of the unclipped gradient` : "none"}.` +
+          (this.objective === "grpo" ? "" : ` PPO's 0.8 – 1.2 would silence ${number(silent)}.`)
       : `No token of this step was trained: every group's rewards are all equal.`;
     this.summary.textContent = what;
   }
@@ -257,7 +257,7 @@ export class Inspector {
     fill(this.legend,
       h("div", {}, c.low, h("span", { class: "ramp", style: `background:linear-gradient(90deg, ${stops.join(",")})` }), c.high),
       h("div", { class: "muted" }, c.meaning),
-      h("div", {}, h("span", { class: "t silenced" }, "outlined"), " PPO's clip 0.8 – 1.2 would have silenced it ", h("span", { class: "t cut" }, "struck"), " silenced under the chosen objective"));
+      h("div", {}, h("span", { class: "t silenced" }, "outlined"), " PPO's clip 0.8 – 1.2 would have silenced it ", h("span", { class: "t cut" }, "hatched"), " silenced under the chosen objective"));
   }
 
   // ------------------------------------------------------------------------------------------------------- one group
@@ -298,7 +298,7 @@ export class Inspector {
       const classes = ["t"];
       if (t.silenced) classes.push("silenced");
       if (t.trained && t.weight === 0) classes.push("cut");
-      body.append(h("span", { class: classes.join(" "), "data-i": i, style: `background:${this.#tint(t)}` }, visible(pieces[c.tokens[i]])));
+      body.append(h("span", { class: classes.join(" "), "data-i": i, style: `background-color:${this.#tint(t)}` }, visible(pieces[c.tokens[i]])));
     }
     if (to < c.tokens.length)
       body.append(h("button", { type: "button", class: "link", onclick: (/** @type {any} */ e) => {
