@@ -21,6 +21,7 @@ def reward_digits(completions, **_):
 
 def make(trainer_class, tmp_path, **settings):
     from datasets import Dataset
+    from transformers import AutoModelForCausalLM
     from trl import GRPOConfig
 
     from cispo.tasks import think
@@ -28,7 +29,9 @@ def make(trainer_class, tmp_path, **settings):
     torch.manual_seed(0)
     tokenizer = think.make_tokenizer()
     tokenizer.padding_side = "left"
-    model = think.make_model(think.BaseRecipe())
+    folder = tmp_path / "model"
+    think.make_model(think.BaseRecipe()).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)  # TRL loads the reference from where the model came from
     prompts = [f"{n:06d}" for n in range(111111, 111111 + 64)]
     args = GRPOConfig(
         **{
