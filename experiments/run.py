@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cispo.report.compare import CompareOptions, compare
-from cispo.report.runs import read_run
+from cispo.report.runs import find_runs, read_run
 from cispo.report.tokens import pusher, read_lines, silenced
 
 HERE = Path(__file__).parent
@@ -86,7 +86,7 @@ def floors(work: Path, jobs: int | None) -> None:
                 seeds=SEEDS, out=folder, jobs=jobs,
             )
         )  # fmt: skip
-        runs = [read_run(path.with_suffix("")) for path in sorted((folder / "runs").glob("*.yaml"))]
+        runs = find_runs([folder / "runs"])
         stale = [line["staleness/steps_mean"] for run in runs for line in run.metrics if "staleness/steps_mean" in line]
         words = f"\nMean staleness over all steps: {np.mean(stale):.2f} RL steps\n"
         keep(folder, f"c-lag{lag}", words + differences(folder))

@@ -170,13 +170,14 @@ def _finished(folder: Path, arm: Arm) -> bool:
 
 
 def _train(folder: Path, arm: Arm, seed: int) -> None:
-    """One run, as `cispo train` in this process; what it prints goes to a file beside its folder."""
+    """One run, as `cispo train` in this process; what it prints goes to `logs/`."""
     resume = any((folder / "checkpoints").glob("step-*"))
     if folder.exists() and not resume:  # stopped before its first checkpoint: nothing to go on from
         shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    logs = folder.parent.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     config = arm.config.model_copy(update={"seed": seed, "run_dir": str(folder), "threads": 1})
-    with open(folder.with_name(folder.name + ".log"), "a", encoding="utf-8") as log:
+    with open(logs / f"{folder.name}.log", "a", encoding="utf-8") as log:
         cispo.train(config, resume=resume, console=Console(file=log))
 
 
