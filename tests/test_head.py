@@ -5,15 +5,19 @@ A CUDA device adds rows to the grid, and so does Triton's interpreter: `TRITON_I
 
 import importlib.util
 import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from cispo import objectives as o
 from cispo.head import linear_logprobs, linear_policy_loss
+from cispo.head.matmul import onednn_is_better
 from cispo.types import ConfigError, DataError, NonFiniteError
 
 BACKENDS = [("reference", "cpu"), ("chunked", "cpu")]
@@ -370,6 +374,80 @@ def test_gradient_checkpointing_around_the_head():
     (want,) = torch.autograd.grad(body(hidden), hidden)
     torch.utils.checkpoint.checkpoint(body, hidden, use_reentrant=False).backward()
     assert torch.equal(hidden.grad, want)
+
+
+def test_inside_a_compiled_function():
+    inputs, call = make()
+    hidden = inputs["hidden_TD"].clone().requires_grad_()
+
+    def body(hidden):
+        return linear_policy_loss(hidden * 2, inputs["head_VD"], inputs["targets_T"], **call, objective=o.cispo).loss
+
+    (want,) = torch.autograd.grad(body(hidden), hidden)
+    (got,) = torch.autograd.grad(torch.compile(body, backend="aot_eager")(hidden), hidden)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_three_products_and_fewer_where_coefficients_are_zero(dtype):
+    inputs, call = make(T=40, dtype=dtype)
+    one = 2 * 40 * 24 * 101
+    onednn_is_better()  # its check multiplies too, once
+
+    def products(**options):
+        with FlopCounterMode(display=False) as counter:
+            run(inputs, call, objective=o.cispo, **options)
+        return counter.get_total_flops() / one
+
+    assert products() == 3
+    assert products(memory_budget=7 * 101 * 4) == 3
+    call["columns"]["advantages"][::2] = 0
+    assert products() == 1 + 2 * 0.5
+    assert products(evaluate_T=call["columns"]["advantages"] != 0) == 3 * 0.5
+    call["columns"]["advantages"][:] = 0
+    assert products() == 1
+
+
+def test_a_sharded_head_is_refused_with_the_remedy(tmp_path):
+    inputs, call = make()
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        head = torch.distributed.tensor.distribute_tensor(inputs["head_VD"], mesh)
+        with pytest.raises(DataError, match="head_VD: is a sharded DTensor; gather it first"):
+            linear_policy_loss(**inputs | {"head_VD": head}, **call, objective=o.cispo)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+PEAK = """
+import torch
+from pathlib import Path
+from cispo import cispo, linear_policy_loss
+T, D, V, budget = 6000, 32, 20000, 64 << 20
+def peak(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) << 10
+def step(T):
+    hidden, head = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    columns = {"anchor_logprobs": torch.zeros(T), "advantages": torch.ones(T)}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak("VmRSS")
+    linear_policy_loss(hidden, head, torch.zeros(T, dtype=torch.int64), objective=cispo, columns=columns,
+                       weights_T=torch.ones(T), memory_budget=budget).loss.backward()
+    return peak("VmHWM") - before - 4 * (T + V) * D
+step(8)
+print(step(T) / budget)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak resident set")
+def test_memory_stays_within_the_budget_whatever_the_number_of_rows():
+    """The logits alone would take 7.5 times the budget."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 0.3 < float(done.stdout) < 1.1
 
 
 def test_double_backward_is_refused():

@@ -6,8 +6,8 @@ gives one coefficient c_t = d(Σ w·loss)/d(log π_t) per token, and the logits'
 
 `linear_policy_loss` is that one pass. `linear_logprobs` gives differentiable log-probs instead and recomputes the
 logits in backward: for objectives that need a whole sequence's log-probs first (GSPO). Backends: `reference` (the
-spec), `chunked` (any torch device). Left out on purpose: reductions (they are `weights_T`), shifting of tokens and
-padding (the caller gives flat rows), and heads that are sharded over the vocabulary.
+spec), `chunked` (any torch device), `triton` (CUDA). Left out on purpose: reductions (they are `weights_T`), shifting
+of tokens and padding (the caller gives flat rows), and heads that are sharded over the vocabulary.
 
     python -m pytest tests/test_head.py
 """

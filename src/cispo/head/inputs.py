@@ -44,6 +44,8 @@ class HeadInputs:
                 fail(name, f"shape {tuple(x.shape)} is not {axes}; flatten batch and sequence into rows")
             if not x.is_floating_point():
                 fail(name, f"dtype {x.dtype} is not a floating dtype")
+            if hasattr(x, "full_tensor"):
+                fail(name, "is a sharded DTensor; gather it first: full_tensor(grad_placements=[Partial()])")
         D, V = hidden.shape[1], head.shape[0]
         if head.shape[1] != D:
             fail("head_VD", f"shape {tuple(head.shape)} does not end in D = {D} of hidden_TD {tuple(hidden.shape)}")
