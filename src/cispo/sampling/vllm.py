@@ -36,6 +36,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 _POLL_S, _HEARTBEAT_S, _HOUR_S = 0.2, 5.0, 3600.0
 _PROBE_ROWS, _PROBE_PROMPT, _PROBE_TOKENS = 4, 256, 16
+
+
+_IDENTITY = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "tie_word_embeddings",
+)
+"""What two model configs must agree in for the weights of one to mean the same in the other."""
+_OTHER_MODEL = "cispo: another model:"
 
 
 class EngineLost(RunError):
@@ -116,7 +129,7 @@ class _Engine(Protocol):
 class _InProcess:
     """An `AsyncLLM` of this process, whose engine core is a child process.
 
-    device_type: where it runs: "cpu", or whatever else vLLM was built for.
+    The child is vLLM's own affair: it has workers of its own, and this process hears of it through AsyncLLM only.
     """
 
     def __init__(self, model: str, dtype: torch.dtype, config: VllmConfig, *, threads: int, context_length: int | None):
@@ -140,6 +153,7 @@ class _InProcess:
             enable_prefix_caching=True,  # the samples of one prompt share it
             generation_config="vllm",  # no top_k or top_p of the model folder's
             weight_transfer_config={"backend": BACKEND if config.weight_transfer == "file" else config.weight_transfer},
+            block_size=32 if self._on_cpu else None,  # what samples share is whole blocks; the CPU's default is 128
             disable_log_stats=True,
             seed=0,
         )
@@ -213,7 +227,7 @@ class _InProcess:
 
     async def close(self) -> None:
         if self._llm is not None:
-            await asyncio.to_thread(self._llm.shutdown, timeout=5.0)
+            await asyncio.to_thread(self._llm.shutdown, timeout=15.0)
 
     def kill(self) -> None:
         for process in self.processes():
@@ -355,10 +369,10 @@ class VllmSampler:
     newest `update_weights`; call that before the first request unless the folder's are the learner's already. With a
     server it must be called.
     config: the run's `vllm` section. reference: the learner's log-probs (`probe.learner_logprobs`); None: no probes.
-    dtype: the learner's, for `config.dtype: auto`. tokenizer: needed for stop strings, and to recognise a server's.
-    eos_token_ids: what ends a completion when its `stop_token_ids` is None.
+    dtype: the learner's, for `config.dtype: auto`; None: what the folder says. tokenizer: to recognise a server's.
+    eos_token_ids: what ends a completion when its `stop_token_ids` is None; None: what the folder and tokenizer name.
     in_flight: completions go on under new weights; otherwise `update_weights` waits for them. recompute_kv: compute
-    their keys and values again, instead of keeping those of the weights that wrote them.
+    their keys and values again, instead of keeping those of the weights that wrote them. Both may be changed later.
     threads: of the engine, on CPU cores. seed: of the seeds of requests that bring none.
 
     A seed repeats a completion on the same engine under equal load; neighbours in the batch can change its last bits.
@@ -374,9 +388,9 @@ class VllmSampler:
         config: VllmConfig | None = None,
         *,
         reference: LearnerLogprobs | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         tokenizer: Any = None,
-        eos_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] | None = None,
         in_flight: bool = True,
         recompute_kv: bool = False,
         threads: int = 1,
@@ -386,19 +400,20 @@ class VllmSampler:
         self.version = version
         self.config = config = config or VllmConfig()
         self.model = str(model)
-        self.dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
         self.parity: Parity | None = None
         """What the newest probe found."""
         self.restarts = 0
         """How many times the engine was replaced."""
         model_config = models.load_config(self.model).get_text_config()
+        dtype = dtype or getattr(model_config, "dtype", None) or torch.float32
+        self.dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.eos_token_ids = _eos_token_ids(self.model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self.vocab_size: int = model_config.vocab_size
         own_length = getattr(model_config, "max_position_embeddings", None)
         self.context_length: int | None = config.context_length or own_length
         self._model_config = model_config
-        self._reference, self._in_flight, self._recompute_kv = reference, in_flight, recompute_kv
+        self._reference, self.in_flight, self.recompute_kv = reference, in_flight, recompute_kv
         self._threads = threads
         self._tolerance = config.probe_tolerance or TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
         self._check_settings()
@@ -648,8 +663,8 @@ class VllmSampler:
 
     async def _load(self, engine: _Engine) -> None:
         """The newest weights into a running engine."""
-        if self._in_flight:
-            await engine.pause("keep", self._recompute_kv)
+        if self.in_flight:
+            await engine.pause("keep", self.recompute_kv)
         else:
             await engine.pause("wait", True)
         await self._send(engine)
@@ -685,11 +700,27 @@ class VllmSampler:
             await engine.start()
             self._engine = engine
         if self.config.weight_transfer == "file":
-            await engine.call("init_weight_transfer_engine", {})
+            await self._init_transfer(engine)
         if self._file is not None:
             await self._send(engine)
         else:
             await engine.call("update_weight_version", str(self.version))
+
+    async def _init_transfer(self, engine: _Engine) -> None:
+        """Open our weight transfer engine, whose workers look whether theirs is the model that will be sent."""
+        expected = {name: getattr(self._model_config, name, None) for name in _IDENTITY}
+        try:
+            await engine.call("init_weight_transfer_engine", {"expected": expected})
+        except EngineLost:
+            raise
+        except Exception as error:
+            _, found, difference = str(error).partition(_OTHER_MODEL)
+            if not found:
+                raise
+            raise ConfigError(
+                f"vllm.url: the server at {self.config.url} serves another model than {self.model}:"
+                f"{difference.split(';')[0]}"
+            ) from None
 
     async def _replace(self, old: _Engine, error: EngineLost) -> None:
         """Whoever finds an engine dead first replaces it; the others wait for that. Raises RunError when it is over."""
@@ -842,14 +873,6 @@ class VllmSampler:
         length = _at(described, "model_config", "max_model_len")
         if self.context_length is not None and length is not None and int(length) < self.context_length:
             self.context_length = int(length)
-        theirs = _hf_config(described)
-        for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
-            ours = getattr(self._model_config, name, None)
-            if name in theirs and theirs[name] != ours:
-                raise ConfigError(
-                    f"{where} serves another model ({_at(described, 'model_config', 'model')}): its {name} is "
-                    f"{theirs[name]!r}, while {self.model} has {ours!r}"
-                )
         if self.tokenizer is not None:
             ids = random.Random(0).sample(range(self.vocab_size), min(self.vocab_size, 64))
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -938,6 +961,17 @@ def check_version(found: str, where: str) -> None:
         )
 
 
+def _eos_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
+    """As `model.eos_token_ids`, of a folder whose weights nobody loads."""
+    import transformers
+
+    config = models.load_config(model)
+    described = SimpleNamespace(config=config, generation_config=None)
+    with contextlib.suppress(OSError):  # a folder need not have one
+        described.generation_config = transformers.GenerationConfig.from_pretrained(model)
+    return models.eos_token_ids(described, tokenizer or models.load_tokenizer(model))
+
+
 def _completion(
     tokens: Sequence[int],
     logprobs: Sequence[float],
@@ -1002,20 +1036,6 @@ def _at(tree: Any, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _hf_config(described: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The transformers config that a server describes, in whatever form its dump gives it."""
-    found = _at(described, "model_config", "hf_config")
-    if isinstance(found, str):
-        start, end = found.find("{"), found.rfind("}")
-        try:
-            found = json.loads(found[start : end + 1])
-        except ValueError:
-            return {}
-    if not isinstance(found, Mapping):
-        return {}
-    return found.get("text_config") or found
 
 
 def _first_line(error: BaseException) -> str:
@@ -1107,17 +1127,21 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     @dataclass
-    class Nothing(WeightTransferInitInfo):
-        pass
+    class Expected(WeightTransferInitInfo):
+        expected: dict[str, Any]
 
     @dataclass
     class File(WeightTransferUpdateInfo):
         path: str
 
-    class FileEngine(WeightTransferEngine[Nothing, File]):
-        init_info_cls, update_info_cls = Nothing, File
+    class FileEngine(WeightTransferEngine[Expected, File]):
+        init_info_cls, update_info_cls = Expected, File
 
-        def init_transfer_engine(self, init_info: Nothing) -> None: ...
+        def init_transfer_engine(self, init_info: Expected) -> None:
+            for name, value in init_info.expected.items():
+                own = getattr(self.model_config.hf_text_config, name, None)
+                if own != value:
+                    raise ValueError(f"{_OTHER_MODEL} its {name} is {own!r}, not {value!r};")
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
