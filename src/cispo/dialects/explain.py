@@ -56,7 +56,8 @@ def of_config(config: c.Config, raw: Mapping[str, Any] | None = None) -> Transla
 
 def show(translation: Translation, console: Console | None = None) -> None:
     """Print the text form to a terminal."""
-    (console or Console()).print(_text(_document(translation), colour=True), end="")
+    console = console or Console()
+    console.print(_text(_document(translation), colour=True, width=console.width), end="")
 
 
 def band_sentence(config: c.Config) -> str:
@@ -132,9 +133,9 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 
-def _text(document: Mapping[str, Any], *, colour: bool) -> Any:
+def _text(document: Mapping[str, Any], *, colour: bool, width: int = 120) -> Any:
     console = Console(
-        width=120, no_color=not colour, force_terminal=colour, color_system="standard" if colour else None
+        width=width, no_color=not colour, force_terminal=colour, color_system="standard" if colour else None
     )
     with console.capture() as capture:
         console.print(Text(document["title"], style="bold"))
