@@ -1,4 +1,5 @@
 """A server that is killed at any moment loses nothing that it acknowledged: real processes, the real SDK, SIGKILL."""
+# ruff: noqa: E402 (what follows needs the extra)
 
 import json
 import random
@@ -17,7 +18,7 @@ from tinker import types
 
 from cispo.server.store import BlobRow, Corrupted, DiskFull, Store
 from cispo.types import ConfigError
-from serving import Server, serving
+from tests.serving import Server, serving
 
 
 def datums(count, seed, length=12):

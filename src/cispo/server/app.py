@@ -60,16 +60,21 @@ def create_app(service: Service, keys: Keys) -> ASGIApp:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The whole body, uncompressed. Raises TooLarge before more than the limit is held."""
-    declared = request.headers.get("content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit:
-        raise TooLarge(f"the body has {declared} bytes; the most is {limit}")
+    """The whole body, uncompressed. Raises TooLarge, and never holds more than the limit.
+
+    What is too large is read on for a while and dropped, because a client that is still sending sees no reply.
+    """
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
-        if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes")
-        pieces.append(piece)
+        if size > 4 * limit:
+            break
+        if size <= limit:
+            pieces.append(piece)
+        else:
+            pieces.clear()
+    if size > limit:
+        raise TooLarge(f"the body has more than {limit} bytes; send smaller chunks")
     body = b"".join(pieces)
     encoding = request.headers.get("content-encoding")
     if len(body) > 1 << 18 and encoding:

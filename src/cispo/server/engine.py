@@ -35,7 +35,7 @@ from cispo.server.metrics import Metrics
 from cispo.server.records import CreateWork, LoadWork, Request, Run, SampleWork, SaveWork, failure
 from cispo.server.sampling import AdapterSampler
 from cispo.server.store import BlobRow, Corrupted, DiskFull, Store
-from cispo.types import AdamParams, CispoError, SampleRequest, SampleResult, SamplingParams
+from cispo.types import AdamParams, CispoError, NonFiniteError, SampleRequest, SampleResult, SamplingParams
 
 log = logging.getLogger("cispo.server")
 
@@ -80,10 +80,7 @@ class Engine:
         self._on_saved = on_saved
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._frozen: OrderedDict[str, FrozenAdapter] = OrderedDict()
-        self._samplers = {
-            name: AdapterSampler(model, max_batch_rows=settings.max_batch_rows, steps_per_poll=settings.steps_per_poll)
-            for name, model in served.items()
-        }
+        self._samplers = {name: self._new_sampler(name) for name in served}
         self._queues: dict[str, deque[Request]] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()
         self._sampling: dict[str, tuple[str, Request]] = {}
@@ -106,6 +103,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------------------------------- from other threads
+
+    def _new_sampler(self, base: str) -> AdapterSampler:
+        return AdapterSampler(
+            self.served[base],
+            max_batch_rows=self.settings.max_batch_rows,
+            steps_per_poll=self.settings.steps_per_poll,
+        )
 
     def start(self) -> None:
         for name, served in {id(model): (name, model) for name, model in self.served.items()}.values():
@@ -504,7 +508,7 @@ class Engine:
                 worked = True
         for request in cancelled:
             self._cancel(request)
-        for base, sampler in self._samplers.items():
+        for base, sampler in list(self._samplers.items()):
             if sampler.pending:
                 worked = True
                 self._poll(base, sampler)
@@ -539,10 +543,12 @@ class Engine:
         try:
             results = sampler.poll()
         except Exception as error:
-            # The sampler has dropped the request at fault; which one is known by its absence.
-            lost = [number for number, (b, _) in self._by_number.items() if b == base and not sampler.knows(number)]
-            if not lost:
-                raise
+            mine = [number for number, (b, _) in self._by_number.items() if b == base]
+            lost = mine
+            if isinstance(error, NonFiniteError):  # the sampler has dropped the request at fault, and goes on
+                lost = [number for number in mine if not sampler.knows(number)]
+            else:  # what it holds is of no more use
+                self._samplers[base] = self._new_sampler(base)
             for number in lost:
                 request = self._by_number.pop(number)[1]
                 self._sampling.pop(request.id, None)

@@ -55,13 +55,13 @@ class AdapterSampler(LocalSampler):
     def _prefill(self, chosen: Sequence) -> None:
         """Prompts of one adapter at a time: equal prompts under two adapters are two sequences."""
         groups: dict[int, tuple[FrozenAdapter | None, list]] = {}
-        for pair in chosen:
-            adapter = self._adapters.get(pair[1][0].job.request.request_id)
-            groups.setdefault(id(adapter), (adapter, []))[1].append(pair)
+        for item in chosen:
+            adapter = self._adapter_of(item[1][0])
+            groups.setdefault(id(adapter), (adapter, []))[1].append(item)
         self._in_prefill = True
         try:
-            for self._prefilling, pairs in groups.values():
-                super()._prefill(pairs)
+            for self._prefilling, items in groups.values():
+                super()._prefill(items)
         finally:
             self._in_prefill, self._prefilling = False, None
 

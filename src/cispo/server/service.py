@@ -1061,6 +1061,8 @@ def _adam(params: Any) -> AdamParams:
     for name in ("beta1", "beta2"):
         if values[name] >= 1:
             raise UserError(f"adam_params.{name} is {values[name]}; it must be below 1")
+    if max(values["learning_rate"], values["learning_rate"] * values["weight_decay"]) > 1e30:
+        raise UserError("adam_params: learning_rate, and its product with weight_decay, must be at most 1e30")
     return AdamParams(**values)
 
 
