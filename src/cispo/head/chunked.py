@@ -245,7 +245,7 @@ class Pass:
             if first:
                 torch.mm(d_AV.T, hidden_AD, out=self.dhead_VD)
             else:
-                self.dhead_VD.addmm_(d_AV.T, hidden_AD)
+                torch.addmm(self.dhead_VD, d_AV.T, hidden_AD, out=self.dhead_VD)
             return
         D = self.dhead_VD.shape[1]
         scratch = self.head_UD.flatten().view(self.product)
