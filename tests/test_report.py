@@ -542,6 +542,27 @@ def test_several_runs_overlay_with_seeds_as_bands(browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
+def test_a_forecast_and_a_comparison_are_drawn_on_top(browser, tmp_path):
+    from cispo.report.forecast import FitOptions, forecast
+
+    for seed in range(2):
+        write_run(tmp_path / f"r{seed}", seed=seed)
+        with open(tmp_path / f"r{seed}" / "metrics.jsonl", "a") as file:
+            for step in range(5, 20):
+                file.write(json.dumps({"step": step, "eval/accuracy": 0.95, "tokens/total": 100 * step}) + "\n")
+    runs = find_runs([tmp_path])
+    found = forecast("both", runs, FitOptions(runs=(), resamples=10))
+    table = {"title": "A title", "notes": ["a note"], "columns": ["arm", "steps"], "rows": [["<b>x</b>", "1 2"]]}
+    show(browser, write_page(tmp_path / "r.html", runs, forecasts=[found], comparison=table))
+    data = chart_data(browser, "eval/accuracy over tokens")
+    C, R = data[0], data[1]
+    drawn = [(c, r) for c, r in zip(C, R) if r is not None]
+    assert len(drawn) == len(found.line) and drawn[-1] == pytest.approx(found.line[-1][:2], rel=1e-5)
+    assert found.verdict in browser.execute_script("return document.getElementById('forecast').textContent")
+    cells = browser.execute_script("return [...document.querySelectorAll('#comparison td')].map((c) => c.textContent)")
+    assert cells == ["<b>x</b>", "1 2"] and browser.get_log("browser") == []
+
+
 def test_the_live_page_grows_with_the_run(browser, served):
     url, folder = served
     show(browser, url)

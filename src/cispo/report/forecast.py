@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -215,21 +216,10 @@ def fit(options: FitOptions) -> int:
     free = [forecast(label, members, options) for label, members in groups]
     fixed = compare_at_fixed_A(groups, options) if len(groups) > 1 else []
     console = Console()
-    table = Table(title=f"{options.metric} over {options.compute}")
-    for name in (
-        "recipe",
-        "seeds",
-        "points",
-        "R_0",
-        "A",
-        "A 95 %",
-        "B",
-        "C_mid",
-        "RMSE",
-        "power-law A",
-        "power-law RMSE",
-    ):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
+    console.print(f"{options.metric} over {options.compute}", highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("recipe", "seeds", "points", "R_0", "A", "A 95 %", "B", "C_mid", "RMSE", "power law A"):
+        table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=name != "recipe")
     for f in free:
         table.add_row(*_cells(f))
     console.print(table)
@@ -246,7 +236,8 @@ def fit(options: FitOptions) -> int:
                 f"  beyond {options.upto:g}, not fitted: mean |error| {f.held_out_error:.4f}", highlight=False
             )
     if fixed:
-        table = Table(title=f"Efficiency at A fixed to the average, {fixed[0].sigmoid.A:.3f}")
+        console.print(f"Efficiency at A fixed to the average, {fixed[0].sigmoid.A:.3f}", highlight=False)
+        table = Table(box=SIMPLE_HEAD)
         for name in ("recipe", "B", "B 95 %", "C_mid"):
             table.add_column(name, justify="left" if name == "recipe" else "right")
         for f in fixed:
@@ -265,10 +256,9 @@ def fit(options: FitOptions) -> int:
 
 def _cells(f: Forecast) -> list[str]:
     if not f.sigmoid:
-        return [f.label, str(f.seeds), str(f.points), *["–"] * 8]
-    s, p = f.sigmoid, f.power_law
+        return [f.label, str(f.seeds), str(f.points), *["–"] * 7]
+    s = f.sigmoid
     return [
-        f.label, str(f.seeds), str(f.points), f"{s.R_0:.3f}", f"{s.A:.3f}", f"{f.A_range[0]:.3f} to {f.A_range[1]:.3f}",
-        f"{s.B:.2f}", f"{s.C_mid:.4g}", f"{math.sqrt(s.sse / f.points):.4f}", f"{p.A:.3f}",
-        f"{math.sqrt(p.sse / f.points):.4f}",
+        f.label, str(f.seeds), str(f.points), f"{s.R_0:.3f}", f"{s.A:.3f}", f"{f.A_range[0]:.3f}–{f.A_range[1]:.3f}",
+        f"{s.B:.2f}", f"{s.C_mid:.4g}", f"{math.sqrt(s.sse / f.points):.4f}", f"{f.power_law.A:.3f}",
     ]  # fmt: skip
