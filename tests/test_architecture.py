@@ -24,6 +24,7 @@ FLOORS = {
     "tasks": 3,
     "rollout": 3,
     "buffer": 3,
+    "measure": 3,
     "trainer": 3,
     "cluster": 4,
     "console": 5,
@@ -48,8 +49,9 @@ SIBLINGS = {
     "sharded": {"model", "learner", "checkpoint"},
     "sampling": {"model"},
     "rollout": {"buffer", "tasks"},
-    "trainer": {"rollout", "buffer", "tasks"},
-    "bench": {"report"},
+    "measure": {"rollout"},
+    "trainer": {"rollout", "buffer", "tasks", "measure"},
+    "bench": {"report", "cli"},
 }
 DOORS = {
     "ray": {"cluster"},

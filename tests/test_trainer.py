@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 
 from cispo import checkpoint, cli
 from cispo import config as configs
-from cispo.metrics import read_jsonl
+from cispo.metrics import NAMES, read_jsonl
 from cispo.types import ConfigError, DataError
 
 SMALL = [
@@ -28,6 +29,11 @@ def lines(run_dir):
 
 def timeless(record):
     return {key: value for key, value in record.items() if not key.startswith(TIMES)}
+
+
+def explained(name):
+    """Whether `NAMES` says what a metric means; its capitals stand for names of the task's or the reward's own."""
+    return any(re.fullmatch(re.sub(r"[A-Z]+$", ".+", known), name) for known in NAMES)
 
 
 def train(run_dir, *words):
@@ -171,6 +177,7 @@ def test_every_way_to_train_runs_and_writes_finite_numbers(base_folder, tmp_path
     assert [r["step"] for r in records] == [0, 1, 2]
     for record in records:
         assert None not in record.values(), [k for k, v in record.items() if v is None]
+        assert not [name for name in record if not explained(name)]
     if words[0] == "--track":
         assert list((run_dir / "tensorboard").iterdir())
     if words[0] == "--rollout.zero_variance" and words[1] == "drop":

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not words or words[0] in ("-h", "--help"):
-        console.print(usage(), highlight=False)
+        console.print(usage(), highlight=False, soft_wrap=True)
         return 0 if words else 2
     if words[0] == "--version":
         from cispo import __version__
@@ -424,7 +424,8 @@ def run_explain(words: list[str], console: Console) -> int:
         raw = configs.merge(recipe, rest)
         translation = dialects.of_config(configs.validate(raw, source=recipe or "the command line"), raw)
     if tiny_wanted:
-        translation = dialects.of_config(dialects.tiny(translation.config), translation.raw)
+        small = dialects.tiny(translation.config)
+        translation = dialects.of_config(small, small.model_dump(mode="json", by_alias=True))
     if form in (None, "text"):
         dialects.show(translation, console)
     else:

@@ -164,6 +164,7 @@ class StepCounts:
     dropped_groups: int = 0
     resampled: int = 0
     stragglers: int = 0
+    reward_s: float = 0.0
 
 
 class Rollouts:
@@ -217,7 +218,10 @@ class Rollouts:
                 continue
             if not self._eager and (self._sampler.pending or not wait):
                 break
-            self._keep(self._scoring.pop(number).result())
+            start = time.monotonic()
+            group = self._scoring.pop(number).result()
+            self.counts.reward_s += time.monotonic() - start
+            self._keep(group)
             moved = True
         return self._drop_stragglers() or moved
 

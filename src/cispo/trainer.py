@@ -21,19 +21,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from cispo import advantages, checkpoint, corrections, objectives
 from cispo.batching import make_batch, take_rows, with_columns, with_reduction
-from cispo.config import CispoObjective, Config, PpoClipObjective, RolloutConfig
-from cispo.metrics import JsonlWriter, Tracker, dump_line, ratio_metrics, sampler_kl_metrics
+from cispo.config import Config, RolloutConfig
+from cispo.measure import RolloutFiles, Step, Update, reward_metrics, staleness_metrics, token_metrics
+from cispo.metrics import JsonlWriter, Tracker
 from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling_params, task_metrics, zero_variance
 from cispo.types import (
     AdamParams,
     Batch,
     Group,
     Learner,
-    LossOutput,
     Prompt,
     RunError,
     Sampler,
@@ -80,33 +79,6 @@ class Transcript:
     correct: bool
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step's groups as rows to train on."""
-
-    groups: Sequence[Group]
-    kept: Sequence[int]  # indices of the groups that are not dropped
-    owners: Sequence[tuple[int, int]]  # of each row: its group's index and its place in it
-    advantages: Sequence[float]  # of each row
-    batch: Batch
-    measured: Mapping[str, float] = field(default_factory=dict)  # of the whole rollout, before its updates
-
-
-@dataclass(frozen=True)
-class _Update:
-    """What one optimizer update saw, token by token, for metrics and the rollout file."""
-
-    number: int  # within the step
-    rows: Sequence[int]  # of the step's batch, in the order of `batch`
-    batch: Batch
-    output: LossOutput
-    grad_norm: float
-    staleness: int  # in optimizer updates, of the oldest token
-
-    def column(self, name: str) -> Tensor:
-        return self.batch.columns[name][self.output.evaluated_T]
-
-
 class Trainer:
     """Runs `config.steps` RL steps. Construct it with everything it needs; `resume` before `run` to go on."""
 
@@ -129,11 +101,10 @@ class Trainer:
         self._sampler = sampler
         self._task = task
         self._rollouts = rollouts
-        self._tokenizer = tokenizer
         self._observer = observer
         self._trackers = trackers
         self._objective = objectives.bind(config.algorithm)
-        self._pieces: dict[int, str] = {}
+        self._files = RolloutFiles(run_dir, tokenizer, config.rollout.write_groups)
         self._interrupted = False
         self.step = 0
         self.updates = 0
@@ -195,7 +166,7 @@ class Trainer:
             self._updates_at_version[self.step] = self.updates
             self._publish()
         metrics = self._metrics(step, counts, updates, timer)
-        self._write_rollouts(step, updates)
+        self._files.write(self.step, step, updates)
         oldest = self.step - self._config.asynchrony.max_staleness - 1
         self._updates_at_version = {v: n for v, n in self._updates_at_version.items() if v >= oldest}
         return metrics
@@ -221,7 +192,7 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def _prepare(self, groups: Sequence[Group], timer: Timer) -> _Step:
+    def _prepare(self, groups: Sequence[Group], timer: Timer) -> Step:
         """The step's rows with advantages and the log-prob columns that the objective reads."""
         algorithm, rollout = self._config.algorithm, self._config.rollout
         kept = [i for i, group in enumerate(groups) if rollout.zero_variance == "keep" or not zero_variance(group)]
@@ -235,7 +206,7 @@ class Trainer:
         row_advantages = [a for group in values for a in group]
         if not owners:
             empty = torch.empty(0)
-            return _Step(groups, kept, owners, row_advantages, Batch((), empty.long(), empty, {}))
+            return Step(groups, kept, owners, row_advantages, Batch((), empty.long(), empty, {}))
         trajectories = [groups[i].trajectories[g] for i, g in owners]
         batch = make_batch(trajectories, row_advantages, mask_truncated=rollout.truncated == "mask")
         columns = {
@@ -269,9 +240,9 @@ class Trainer:
             columns["rows"] = torch.repeat_interleave(
                 torch.arange(len(batch.rows)), torch.tensor(batch.lengths)
             ).float()
-        return _Step(groups, kept, owners, row_advantages, with_columns(batch, **columns), measured)
+        return Step(groups, kept, owners, row_advantages, with_columns(batch, **columns), measured)
 
-    def _train(self, step: _Step, timer: Timer) -> list[_Update]:
+    def _train(self, step: Step, timer: Timer) -> list[Update]:
         algorithm = self._config.algorithm
         done = []
         for _ in range(algorithm.epochs_per_rollout):
@@ -299,7 +270,7 @@ class Trainer:
                 versions = window.columns["versions"][output.evaluated_T] if trained else torch.empty(0)
                 behind = self.updates - self._updates_at_version[int(versions.min())] if len(versions) else 0
                 self._rollouts.advance(self.step, wait=False)
-                done.append(_Update(len(done), [rows[k] for k in trained], window, output, grad_norm, behind))
+                done.append(Update(len(done), [rows[k] for k in trained], window, output, grad_norm, behind))
                 self.updates += 1
         return done
 
@@ -328,7 +299,7 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------- metrics
 
-    def _metrics(self, step: _Step, counts: StepCounts, updates: Sequence[_Update], timer: Timer) -> dict[str, Any]:
+    def _metrics(self, step: Step, counts: StepCounts, updates: Sequence[Update], timer: Timer) -> dict[str, Any]:
         sampled = sum(int(t.action_mask.sum()) for group in step.groups for t in group.trajectories)
         self.total_tokens += sampled
         dropped = counts.dropped_groups + len(step.groups) - len(step.kept)
@@ -338,6 +309,7 @@ class Trainer:
             "step": self.step,
             "updates": self.updates,
             **{f"time/{name}_s": seconds.get(name, 0.0) for name in ("sample", "forward", "train", "optim")},
+            "time/reward_s": counts.reward_s,
             "tokens/sampled": sampled,
             "tokens/trained": sum(int(u.output.evaluated_T.sum()) for u in updates),
             "tokens/total": self.total_tokens,
@@ -350,13 +322,13 @@ class Trainer:
             "rollout/stragglers": counts.stragglers,
             "rollout/prompts_retired": self._rollouts.cursor.retired,
             "rollout/nonfinite_dropped": sum(u.output.dropped for u in updates),
-            **self._staleness(step.groups),
+            **staleness_metrics(step.groups, self.step - 1),
             "staleness/updates_max": max((u.staleness for u in updates), default=0),
             "optim/grad_norm": statistics.fmean(u.grad_norm for u in updates),
             "optim/grad_norm_max": max(u.grad_norm for u in updates),
             "optim/learning_rate": self._last_rate(),
             **step.measured,
-            **(self._token_metrics(trained) if trained else {}),
+            **(token_metrics(trained, self._config.algorithm) if trained else {}),
         }
         metrics["time/step_s"] = timer.total
         return metrics
@@ -366,57 +338,6 @@ class Trainer:
         rate = self._adam().learning_rate
         self.updates += 1
         return rate
-
-    def _staleness(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Per sampled token, in RL steps: the policy that trains is the one before this step's publication."""
-        versions = torch.cat([t.versions[t.action_mask] for group in groups for t in group.trajectories])
-        behind = (self.step - 1) - versions
-        return {
-            "staleness/steps_mean": float(behind.double().mean()),
-            "staleness/steps_max": int(behind.max()),
-            "staleness/histogram": torch.bincount(behind).tolist(),
-        }
-
-    def _token_metrics(self, updates: Sequence[_Update]) -> dict[str, float]:
-        """DESIGN §6, over the tokens that went through the model in this step's updates."""
-        ratios, low, high = [], *self._bounds()
-        for update in updates:
-            logprobs_N = update.output.logprobs_T[update.output.evaluated_T]
-            ratios.append((logprobs_N - update.column("anchor_logprobs")).exp())
-        evaluated = torch.cat(ratios)
-        signs = torch.cat([u.column("advantages") for u in updates])
-        entropy = [u.output.entropy_T[u.output.evaluated_T] for u in updates]
-        metrics = {
-            **ratio_metrics(evaluated, signs, low, high),
-            "ratio/last_update_mean": float(ratios[-1].mean()),
-            "ratio/last_update_max": float(ratios[-1].max()),
-            "policy/entropy": float(torch.cat(entropy).mean()),
-            "policy/loss": statistics.fmean(u.output.loss for u in updates),
-        }
-        first = updates[0]
-        if first.number == 0:  # before any step on this rollout, sampler and trainer are the same policy
-            logprobs_N = first.output.logprobs_T[first.output.evaluated_T]
-            metrics |= sampler_kl_metrics(logprobs_N, first.column("sampler_logprobs"))
-            metrics["ratio/first_update_max"] = float(ratios[0].max())
-        if self._config.algorithm.kl is not None:
-            estimates = [
-                objectives.kl_estimate(
-                    u.output.logprobs_T[u.output.evaluated_T],
-                    u.column("reference_logprobs"),
-                    self._config.algorithm.kl.form,
-                    input_clamp=self._config.algorithm.kl.input_clamp,
-                    output_clamp=self._config.algorithm.kl.output_clamp,
-                )
-                for u in updates
-            ]
-            metrics["kl/reference"] = float(torch.cat(estimates).mean())
-        return metrics
-
-    def _bounds(self) -> tuple[float, float]:
-        objective = self._config.algorithm.objective
-        if isinstance(objective, CispoObjective | PpoClipObjective):
-            return objective.clip_low_threshold, objective.clip_high_threshold
-        return 0.0, math.inf
 
     def _evaluate(self) -> dict[str, float]:
         settings = self._config.eval
@@ -450,62 +371,6 @@ class Trainer:
         for tracker in self._trackers:
             tracker.log(metrics, metrics["step"])
         self._observer.step(metrics)
-
-    def _write_rollouts(self, step: _Step, updates: Sequence[_Update]) -> None:
-        """`rollouts/step-NNNNNN.jsonl`: one completion a line, with what its first update saw of each token."""
-        seen: dict[tuple[int, int], dict[str, Any]] = {}
-        for update in reversed(updates):  # the first epoch's update wins
-            lengths = update.batch.lengths
-            parts = zip(
-                update.rows,
-                update.output.evaluated_T.split(lengths),
-                update.output.logprobs_T.split(lengths),
-                update.output.entropy_T.split(lengths),
-                update.batch.weights_T.split(lengths),
-                strict=True,
-            )
-            for row, mask, logprobs, entropy, weights in parts:
-                seen[step.owners[row]] = {
-                    "update": update.number,
-                    "logprobs": _rounded(logprobs[mask]),
-                    "entropy": _rounded(entropy[mask]),
-                    "weights": weights[mask].tolist(),
-                }
-        advantage = dict(zip(step.owners, step.advantages, strict=True))
-        untrained = {"update": None, "logprobs": None, "entropy": None, "weights": None}
-        path = self._run_dir / "rollouts" / f"step-{self.step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        limit = self._config.rollout.write_groups
-        with open(path, "wb") as file:
-            for i, group in enumerate(step.groups[:limit]):
-                for g, t in enumerate(group.trajectories):
-                    tokens = t.tokens[t.action_mask].tolist()
-                    record = {
-                        "step": self.step,
-                        "admission": group.admission,
-                        "sample": g,
-                        "prompt_id": group.prompt.prompt_id,
-                        "prompt": group.prompt.text,
-                        "completion": t.text,
-                        "reward": t.reward,
-                        "rewards": t.rewards,
-                        "correct": is_correct(t.rewards),
-                        "advantage": advantage.get((i, g)),
-                        "truncated": t.truncated,
-                        "trained": (i, g) in seen,
-                        "version": group.version,
-                        "tokens": tokens,
-                        "pieces": [self._piece(token) for token in tokens],
-                        "sampler_logprobs": _rounded(t.sampler_logprobs[t.action_mask]),
-                        "versions": t.versions[t.action_mask].tolist(),
-                        **seen.get((i, g), untrained),
-                    }
-                    file.write(dump_line(record))
-
-    def _piece(self, token: int) -> str:
-        if token not in self._pieces:
-            self._pieces[token] = self._tokenizer.decode([token])
-        return self._pieces[token]
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -564,9 +429,7 @@ class Trainer:
         for entry in stored["outstanding"]:
             rollouts.admit(entry["number"], prompts[entry["prompt_id"]], entry["version"])
         self._writer = JsonlWriter(self._run_dir / "metrics.jsonl", position=state["metrics_position"])
-        for path in (self._run_dir / "rollouts").glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > self.step:
-                path.unlink()
+        self._files.drop_after(self.step)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -582,43 +445,13 @@ def eval_params(config: Config) -> SamplingParams:
     return sampling_params(RolloutConfig.model_construct(**{**dict(config.rollout), **changes}))
 
 
-def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, by function too, and lengths by correctness, over all of a step's completions."""
-    trajectories = [t for group in groups for t in group.trajectories]
-    rewards = [t.reward for t in trajectories if t.reward is not None]
-    lengths = [int(t.action_mask.sum()) for t in trajectories]
-    correct = [is_correct(t.rewards) for t in trajectories]
-    metrics = {
-        "reward/correct": statistics.fmean(correct),
-        "reward/none": 1 - len(rewards) / len(trajectories),
-        "rollout/length_mean": statistics.fmean(lengths),
-        "rollout/length_max": max(lengths),
-        "rollout/truncated": statistics.fmean(t.truncated for t in trajectories),
-    }
-    if rewards:
-        metrics |= {"reward/mean": statistics.fmean(rewards), "reward/std": statistics.pstdev(rewards)}
-    for name in trajectories[0].rewards:
-        given = [t.rewards[name] for t in trajectories if t.rewards[name] is not None]
-        if given:
-            metrics[f"reward/function/{name}"] = statistics.fmean(given)
-    for name, wanted in (("correct", True), ("incorrect", False)):
-        chosen = [length for length, c in zip(lengths, correct, strict=True) if c is wanted]
-        if chosen:
-            metrics[f"rollout/length_{name}"] = statistics.fmean(chosen)
-    return metrics
-
-
-def _windows(step: _Step, updates: int) -> list[list[int]]:
+def _windows(step: Step, updates: int) -> list[list[int]]:
     """The step's rows in `updates` windows of whole groups, as even as the kept groups allow; some may be empty."""
     position = {group: k for k, group in enumerate(step.kept)}
     windows: list[list[int]] = [[] for _ in range(updates)]
     for row, (group, _) in enumerate(step.owners):
         windows[position[group] * updates // len(step.kept)].append(row)
     return windows
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]
 
 
 def _prompt_text(prompt: Prompt) -> str:
