@@ -151,6 +151,8 @@ def test_a_tail_reads_every_byte_once_and_says_when_the_file_was_cut(tmp_path):
 def test_what_is_not_a_run_is_named(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         read_run(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no run is named"):
+        report(ReportOptions(runs=()))
     with pytest.raises(DataError, match="not a run folder"):
         report(ReportOptions(runs=(tmp_path,)))
 

@@ -218,7 +218,7 @@ def fit(options: FitOptions) -> int:
     console = Console()
     console.print(f"{options.metric} over {options.compute}", highlight=False)
     table = Table(box=SIMPLE_HEAD)
-    for name in ("recipe", "seeds", "points", "R_0", "A", "A 95 %", "B", "C_mid", "RMSE", "power law A"):
+    for name in ("recipe", "seeds", "points", "R_0", "A", "A 95 %", "B", "C_mid", "RMSE"):
         table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=name != "recipe")
     for f in free:
         table.add_row(*_cells(f))
@@ -227,6 +227,8 @@ def fit(options: FitOptions) -> int:
         console.print(f"[bold]{f.label}[/]: {f.verdict}", highlight=False)
         if f.sigmoid:
             end = f.line[-1]
+            power_rmse = math.sqrt(f.power_law.sse / f.points)
+            console.print(f"  a power law would say A = {f.power_law.A:.3f} (RMSE {power_rmse:.4f})", highlight=False)
             console.print(
                 f"  at {end[0]:.4g} {options.compute}: {end[1]:.3f} ({end[2]:.3f} to {end[3]:.3f}, {f.range_from})",
                 highlight=False,
@@ -256,9 +258,9 @@ def fit(options: FitOptions) -> int:
 
 def _cells(f: Forecast) -> list[str]:
     if not f.sigmoid:
-        return [f.label, str(f.seeds), str(f.points), *["–"] * 7]
+        return [f.label, str(f.seeds), str(f.points), *["–"] * 6]
     s = f.sigmoid
     return [
         f.label, str(f.seeds), str(f.points), f"{s.R_0:.3f}", f"{s.A:.3f}", f"{f.A_range[0]:.3f}–{f.A_range[1]:.3f}",
-        f"{s.B:.2f}", f"{s.C_mid:.4g}", f"{math.sqrt(s.sse / f.points):.4f}", f"{f.power_law.A:.3f}",
+        f"{s.B:.2f}", f"{s.C_mid:.4g}", f"{math.sqrt(s.sse / f.points):.4f}",
     ]  # fmt: skip

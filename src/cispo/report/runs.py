@@ -153,7 +153,9 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`; a folder of runs stands for all of its runs. Raises DataError for anything else."""
+    """The runs at `paths`; a folder of runs stands for all of its runs. Raises DataError for anything else, and for none."""
+    if not paths:
+        raise DataError("no run is named; give the folder that `cispo train` printed, or a folder of runs")
     found = []
     for path in paths:
         inner = [] if is_run(path) or not path.is_dir() else sorted(p for p in path.iterdir() if is_run(p))
