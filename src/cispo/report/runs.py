@@ -153,7 +153,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`; a folder of runs stands for all of its runs. Raises DataError for anything else, and for none."""
+    """The runs at `paths`; a folder of runs stands for all of its runs. Raises DataError for anything else, or none."""
     if not paths:
         raise DataError("no run is named; give the folder that `cispo train` printed, or a folder of runs")
     found = []
