@@ -11,19 +11,22 @@ import gc
 import multiprocessing
 import os
 import random
+import signal
+import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from cispo import cluster, objectives
+from cispo import config as configs
 from cispo import model as models
-from cispo import objectives
 from cispo.batching import make_batch, take_rows, with_columns, with_reduction
 from cispo.config import AlgorithmConfig, GspoObjective, KLConfig, LearnerConfig, LoraConfig, ModelConfig
 from cispo.learner import LocalLearner
 from cispo.sharded import ShardedLearner, join
 from cispo.tasks import think
-from cispo.types import AdamParams, NonFiniteError, Trajectory
+from cispo.types import AdamParams, LearnerLost, NonFiniteError, Trajectory
 
 STEP = AdamParams(1e-3, weight_decay=0.1, grad_clip_norm=0.05)
 
@@ -163,7 +166,7 @@ def worker(rank, ranks, folders, out):
         device=torch.device("cpu"), timeout_s=120, rank=rank, world_size=ranks, init_method=f"file://{out}/rendezvous"
     )
     found = {"cases": {}}
-    learners = {kind: None for kind in dict.fromkeys(case.model for case in CASES.values())}
+    learners = dict.fromkeys(dict.fromkeys(case.model for case in CASES.values()))
     for kind in learners:
         learner = learners[kind] = ShardedLearner(load(kind, folders), mesh=mesh)
         for name, case in CASES.items():
@@ -292,3 +295,43 @@ def test_a_checkpoint_holds_an_ordinary_model_folder(launches):
     for name, weight in found["lora"].items():
         assert torch.allclose(plain[name], weight, atol=1e-6), name
     assert (found["folder"] / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def conducted(rank, folder, out):
+    """Two ranks as torchrun starts them: the first has the verbs, the second follows, and is killed in the end."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": (out / "port").read_text()}
+    config = configs.load(None, ["--cluster", "torchrun", "--threads", "1"])
+    (out / f"pid{rank}").write_text(str(os.getpid()))
+    if cluster.follows(config):
+        cluster.follow(config, folder)
+        os._exit(0)
+    learner = cluster.compose(config, folder, None).learner
+    found = {"steps": steps(learner, (0, 1)), "weights": dict(learner.weights())}
+    os.kill(int((out / "pid1").read_text()), signal.SIGKILL)
+    try:
+        steps(learner, (2,))
+    except LearnerLost as error:
+        found["lost"] = str(error)
+    torch.save(found, out / "found.pt")
+    os._exit(0)
+
+
+def test_a_conductor_takes_the_ranks_of_torchrun_along_and_names_their_loss(folders, expected, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=conducted, args=(r, folders["plain"], tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    for (loss, norm), (own_loss, own_norm) in zip(found["steps"], expected["steps"][:2], strict=True):
+        assert loss == pytest.approx(own_loss, rel=1e-3, abs=1e-5)
+        assert norm == pytest.approx(own_norm, rel=1e-3)
+    assert set(found["weights"]) == set(expected["weights"])
+    assert "a rank of the learner was lost" in found["lost"]

@@ -21,7 +21,7 @@ from cispo.types import ConfigError, Learner, Sampler, Task
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run works with, and what ends it. sampler: None where the caller builds its own. task: scored elsewhere."""
+    """What a run works with, and what ends it. sampler: None where the caller builds its own."""
 
     learner: Learner
     sampler: Sampler | None

@@ -127,21 +127,24 @@ class RayLearnerGroup:
                     if not failures:
                         deadline = min(deadline, time.monotonic() + GRACE_S)
                     failures[calls.index(call)] = error
-        if not failures and not waiting:
-            return [results[call] for call in calls]
-        self._raise(verb, failures, [calls.index(call) for call in waiting], timeout_s)
+        if failures or waiting:
+            raise self._failure(verb, failures, [calls.index(call) for call in waiting], timeout_s)
+        return [results[call] for call in calls]
 
-    def _raise(self, verb: str, failures: Mapping[int, BaseException], late: Sequence[int], timeout_s: float) -> None:
+    def _failure(
+        self, verb: str, failures: Mapping[int, BaseException], late: Sequence[int], timeout_s: float
+    ) -> Exception:
+        """What to raise; unless it is the ranks' own, agreed upon, nothing of a half-done verb may be used again."""
         causes = {number: getattr(error, "cause", None) or error for number, error in failures.items()}
         agreed = next((cause for cause in causes.values() if isinstance(cause, CispoError)), None)
         dead = sorted(number for number, error in failures.items() if isinstance(error, RayActorError))
         if agreed is not None and not dead:
-            raise agreed
-        self.close()  # nothing of a half-done verb may be used again
+            return agreed
+        self.close()
         if dead or (late and not failures):
             what = f"rank {', '.join(map(str, dead))} died" if dead else f"rank {', '.join(map(str, late))} hung"
             limit = "" if dead else f" for {timeout_s:g} s (cluster.learner_timeout_s or start_timeout_s)"
             log.warning("%s: %s%s", verb, what, limit)
-            raise LearnerLost(f"learner, {verb}: {what}{limit}")
-        number, cause = next(iter(causes.items()))
-        raise RunError(f"learner, {verb}: rank {number} failed: {failures[number]}") from cause
+            return LearnerLost(f"learner, {verb}: {what}{limit}")
+        number, error = next(iter(failures.items()))
+        return RunError(f"learner, {verb}: rank {number} failed: {error}")

@@ -30,7 +30,7 @@ from cispo.types import AdamParams, Batch, CispoError, ConfigError, LearnerLost,
 log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = datetime.timedelta(days=7)
-"""How long followers wait for a verb: sampling takes as long as it takes, and a dead first rank ends the wait at once."""
+"""How long followers wait for a verb: as long as sampling takes. A dead first rank ends the wait at once."""
 
 
 def rank_of_torchrun(config: Config) -> int:

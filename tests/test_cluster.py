@@ -1,0 +1,215 @@
+"""Ray for real, on one machine: two learner ranks (gloo) and samplers learn `think`, and survive what is killed.
+
+python -m pytest tests/test_cluster.py       (needs the extra `ray`)
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("ray", reason="the cluster needs Ray: pip install 'cispo[ray]'")
+
+import psutil
+import ray
+import torch
+
+from cispo import cli, cluster, objectives
+from cispo import config as configs
+from cispo.cluster.weights import pack, unpack
+from cispo.metrics import read_jsonl
+from cispo.tasks.think import ThinkTask
+from cispo.types import (
+    AdamParams,
+    Batch,
+    CispoError,
+    ConfigError,
+    LearnerLost,
+    NonFiniteError,
+    SampleRequest,
+    SamplingParams,
+)
+
+WORDS = [
+    "--cluster", "ray", "--cluster.learner_ranks", "2", "--cluster.learner_cpus", "0.5",
+    "--cluster.sampler_cpus", "0.5", "--threads", "1", "--async.max_staleness", "1",
+]  # fmt: skip
+
+
+def load(*words):
+    return configs.load(None, [*WORDS, *words])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine():
+    """One Ray for all tests; each run joins it, as a run joins a cluster."""
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def parts(base_folder):
+    """Two learner ranks, two samplers, for the tests up to the first that ends one of the two for good."""
+    built = cluster.compose(load("--cluster.samplers", "2", "--cluster.address", "auto"), base_folder, ThinkTask())
+    yield built
+    built.close()
+
+
+def test_weights_travel_as_they_are():
+    weights = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(2, dtype=torch.int64),
+    }
+    found = unpack(ray.get(ray.put(pack(weights))))
+    assert list(found) == list(weights)
+    for name, tensor in weights.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def requests(count, *, first=0, samples=4):
+    prompts = ThinkTask().prompts("train")
+    return [
+        SampleRequest(first + i, prompts[i].tokens, samples, SamplingParams(max_tokens=10, seed=i))
+        for i in range(count)
+    ]
+
+
+def all_of(sampler):
+    """Every result, by request; a result that came twice is a failure."""
+    found = {}
+    while sampler.pending:
+        for result in sampler.poll():
+            assert result.request_id not in found
+            found[result.request_id] = result.completions
+    return found
+
+
+def drawn(completions):
+    """What was drawn, without the last bits of log-probs, which depend on the neighbours in a batch."""
+    return [(c.tokens, c.versions, c.stop_reason) for c in completions]
+
+
+def test_samplers_that_die_or_fall_silent_lose_nothing(parts):
+    sampler = parts.sampler
+    for request in requests(24):
+        sampler.submit(request)
+    expected = all_of(sampler)
+    assert set(expected) == set(range(24))
+    for request in requests(24):
+        sampler.submit(request)
+    assert {seat.load for seat in sampler._seats} == {48}  # shared out by load
+    os.kill(sampler.processes()[0], signal.SIGKILL)
+    found = all_of(sampler)
+    assert sampler.restarts == 1
+    assert {n: drawn(c) for n, c in found.items()} == {n: drawn(c) for n, c in expected.items()}
+
+    frozen = sampler.processes()[1]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        sampler._config = load("--cluster.sampler_timeout_s", "3")
+        for request in requests(24):
+            sampler.submit(request)
+        found = all_of(sampler)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the pool has done it
+            os.kill(frozen, signal.SIGKILL)
+        sampler._config = load()
+    assert sampler.restarts == 2
+    assert {n: drawn(c) for n, c in found.items()} == {n: drawn(c) for n, c in expected.items()}
+
+
+def test_a_new_sampler_has_the_newest_weights_and_their_version(parts):
+    weights = dict(parts.learner.weights())
+    head = weights["lm_head.weight"]
+    only = torch.zeros_like(head)
+    parts.sampler.update_weights({**weights, "lm_head.weight": only}, 7)  # all tokens equally likely
+    os.kill(parts.sampler.processes()[0], signal.SIGKILL)
+    for request in requests(8):
+        parts.sampler.submit(request)
+    for completions in all_of(parts.sampler).values():
+        for c in completions:
+            assert set(c.versions) == {7}
+            assert c.logprobs == pytest.approx([-torch.tensor(float(len(head))).log().item()] * len(c.tokens))
+
+
+def test_a_request_that_cannot_be_sampled_ends_the_run_with_its_own_error(parts):
+    parts.sampler.submit(SampleRequest(1, (99,), 1, SamplingParams(max_tokens=5)))
+    with pytest.raises(CispoError, match="99"):
+        all_of(parts.sampler)
+
+
+def test_a_dead_rank_is_a_lost_learner_and_an_agreed_error_is_not(parts):
+    learner = parts.learner
+    batch = Batch((torch.tensor([1, 2, 3]),), torch.tensor([2, 3, 4]), torch.ones(3), {"advantages": torch.ones(3)})
+    nan = {"advantages": torch.tensor([1.0, torch.nan, 1.0])}
+    with pytest.raises(NonFiniteError, match="advantages"):
+        learner.forward_backward(dataclasses.replace(batch, columns=nan), objectives.reinforce)
+    assert learner.forward_backward(batch, objectives.reinforce).loss > 0
+    ray.kill(learner.ranks[1])
+    with pytest.raises(LearnerLost, match="rank 1 died"):
+        learner.optim_step(AdamParams(1e-3))
+    with pytest.raises(LearnerLost, match="not been started again"):
+        learner.optim_step(AdamParams(1e-3))
+
+
+def test_resources_that_are_not_there_are_named(base_folder):
+    config = load("--cluster.address", "auto", "--cluster.learner_ranks", "64", "--cluster.learner_gpus", "1")
+    with pytest.raises(ConfigError, match="need 32.5 CPU and 64 GPU; the cluster has 6 CPU and 0 GPU"):
+        cluster.compose(config, base_folder, ThinkTask())
+
+
+def test_the_trainer_needs_no_ray():
+    code = "import sys; sys.modules['ray'] = None; import cispo.trainer, cispo.cluster, cispo.cli, cispo.rollout"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def kill_after(run_dir, lines, title):
+    """In a thread: once metrics.jsonl has so many lines, SIGKILL one of the actors with this title."""
+
+    def work():
+        path = run_dir / "metrics.jsonl"
+        while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.005)
+        chosen = next(p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(title))
+        chosen.kill()
+        killed.append(title)
+
+    killed = []
+    threading.Thread(target=work, daemon=True).start()
+    return killed
+
+
+def test_a_run_learns_think_though_a_sampler_and_a_rank_are_killed(base_folder, tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    config = load(
+        "--cluster.address", "auto", "--run_dir", str(run_dir), "--checkpoint.every", "2", "--eval.every", "12",
+        "--cluster.reward_workers", "1",
+    )  # fmt: skip
+    killed = kill_after(run_dir, 4, "ray::Worker"), kill_after(run_dir, 7, "ray::Rank")
+    assert cli.train(config) == run_dir
+    assert all(killed)
+    assert "a sampler died" in caplog.text and "rank" in caplog.text
+    records = list(read_jsonl(run_dir / "metrics.jsonl"))
+    assert [r["step"] for r in records] == list(range(13))
+    assert records[-1]["eval/accuracy"] >= 0.95
+    assert all(r["staleness/steps_max"] <= 1 for r in records[1:])
+    seen = [
+        record["admission"]
+        for path in (run_dir / "rollouts").glob("step-*.jsonl")
+        for record in map(json.loads, path.read_text().splitlines())
+        if record["sample"] == 0
+    ]
+    assert sorted(seen) == list(range(12 * config.rollout.groups_per_step))  # every group once, none lost
