@@ -236,26 +236,23 @@ def test_rows_are_truncated_each_in_its_own_way_whatever_the_others_ask():
 # --------------------------------------------------------------------------------- log-probs equal those of full passes
 
 
+@pytest.mark.parametrize("share_from", [1, 10, 1000])
 @pytest.mark.parametrize("name", MODELS)
-def test_recorded_logprobs_are_those_of_a_full_pass_on_ragged_joining_and_leaving_rows(name):
+def test_recorded_logprobs_are_those_of_a_full_pass_on_ragged_joining_and_leaving_rows(name, share_from):
     model = make_model(name)
-    sampler = LocalSampler(model, max_batch_rows=9, max_prefill_tokens=60)
-    requests = ragged_requests(24)
+    sampler = LocalSampler(model, max_batch_rows=9, max_prefill_tokens=60, share_prompts_from=share_from)
+    requests = ragged_requests(16)
     results = sampler.sample(requests)
     assert worst_gap(model, requests, results) < 1e-4
     assert sampler.pending == 0 and sampler.rows_in_flight == 0
     assert isinstance(sampler, Sampler)
 
 
-def test_the_copying_path_says_the_same(monkeypatch):
+def test_whether_prompts_are_shared_or_copied_changes_no_token():
     model = make_model("gemma3")
-    sampler = LocalSampler(model, max_batch_rows=9)
     requests = ragged_requests(10)
-    shared = sampler.sample(requests)
-    sampler._shared = False
-    copied = sampler.sample(requests)
-    assert tokens_of(shared) == tokens_of(copied)
-    assert worst_gap(model, requests, copied) < 1e-4
+    results = [LocalSampler(model, max_batch_rows=9, share_prompts_from=n).sample(requests) for n in (1, 8, 1000)]
+    assert tokens_of(results[0]) == tokens_of(results[1]) == tokens_of(results[2])
 
 
 def test_bfloat16_stays_near_its_full_pass():
@@ -306,6 +303,7 @@ def test_samples_do_not_depend_on_batch_size_neighbours_or_memory():
         {"max_batch_rows": 1},
         {"max_prefill_tokens": 1},
         {"max_kv_tokens": 64, "max_batch_rows": 16},
+        {"max_kv_tokens": 64, "share_prompts_from": 1},
         {"max_kv_tokens": 33},
     ):
         assert tokens_of(LocalSampler(model, **limits).sample(requests)) == tokens_of(at_once), limits
@@ -313,9 +311,10 @@ def test_samples_do_not_depend_on_batch_size_neighbours_or_memory():
     assert [tokens_of(alone.sample([one]))[0] for one in requests] == tokens_of(at_once)
 
 
-def test_memory_budget_is_kept_by_sending_the_newest_rows_back():
+@pytest.mark.parametrize("share_from", [1, 1000])
+def test_memory_budget_is_kept_by_sending_the_newest_rows_back(share_from):
     model = make_model(max_position_embeddings=512)
-    sampler = LocalSampler(model, max_kv_tokens=300, steps_per_poll=1)
+    sampler = LocalSampler(model, max_kv_tokens=300, steps_per_poll=1, share_prompts_from=share_from)
     requests = [request(i, [3 + i] * 4, 4, max_tokens=90, stop_token_ids=()) for i in range(4)]
     for one in requests:
         sampler.submit(one)
@@ -327,7 +326,7 @@ def test_memory_budget_is_kept_by_sending_the_newest_rows_back():
         shrunk |= sampler.rows_in_flight < before and not finished and before == most
         most = max(most, sampler.rows_in_flight)
         cache = sampler._slots.cache
-        assert math.prod(cache.prefix_sides) + math.prod(cache.suffix_sides) <= 300
+        assert math.prod(cache.prefix_sides) + math.prod(cache.row_sides) <= 300
     assert most > 3 and shrunk
     results = [done[one.request_id] for one in requests]
     assert all(len(completion.tokens) == 90 for result in results for completion in result.completions)
@@ -439,7 +438,7 @@ def test_cancel_drops_waiting_flying_and_finished_requests():
     assert [result.request_id for result in results] == [2]
     assert worst_gap(model, [request(2, [5, 9], 3)], results) < 1e-4
     sampler.release()
-    assert sampler._slots.cache.suffix_sides == (0, 0)
+    assert sampler._slots.cache.row_sides == (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stops
@@ -557,10 +556,17 @@ def stale_logprobs(before, after, prompt, tokens, switch):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt-oss"])
-def test_rows_in_flight_go_on_under_new_weights(name, recompute):
+@pytest.mark.parametrize(("name", "share_from"), [("qwen3", 1), ("gemma3", 10), ("gpt-oss", 1), ("gpt2", 1000)])
+def test_rows_in_flight_go_on_under_new_weights(name, share_from, recompute):
     before, model = make_model(name), make_model(name)
-    sampler = LocalSampler(model, steps_per_poll=1, recompute_kv_on_update=recompute, version=3, max_batch_rows=8)
+    sampler = LocalSampler(
+        model,
+        steps_per_poll=1,
+        recompute_kv_on_update=recompute,
+        version=3,
+        max_batch_rows=8,
+        share_prompts_from=share_from,
+    )
     requests = [request(i, range(3, 6 + 4 * i), 3, max_tokens=6 + i, stop_token_ids=()) for i in range(4)]
     for one in requests:
         sampler.submit(one)
@@ -636,9 +642,10 @@ def test_given_weights_fill_an_own_copy_and_only_whole():
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_logits_that_are_not_finite_end_their_request_and_no_other():
+@pytest.mark.parametrize("share_from", [1, 1000])
+def test_logits_that_are_not_finite_end_their_request_and_no_other(share_from):
     model = make_model()
-    sampler = LocalSampler(model, steps_per_poll=1)
+    sampler = LocalSampler(model, steps_per_poll=1, share_prompts_from=share_from)
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = math.nan
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
@@ -660,9 +667,10 @@ def test_logits_that_are_not_finite_end_their_request_and_no_other():
     assert worst_gap(model, requests, results) < 1e-4
 
 
-def test_weights_that_are_not_finite_end_what_is_in_flight_and_better_ones_go_on():
+@pytest.mark.parametrize("share_from", [1, 1000])
+def test_weights_that_are_not_finite_end_what_is_in_flight_and_better_ones_go_on(share_from):
     model = make_model()
-    sampler = LocalSampler(model, steps_per_poll=1)
+    sampler = LocalSampler(model, steps_per_poll=1, share_prompts_from=share_from)
     for i in range(3):
         sampler.submit(request(i, [3, 4 + i], 4, max_tokens=40, stop_token_ids=()))
     for _ in range(6):

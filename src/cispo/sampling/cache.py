@@ -1,11 +1,11 @@
-"""Keys and values of a decode batch: prompts stored once for all their samples, and a slot for what each row writes.
+"""Keys and values of a decode batch: a slot for each row in flight, and prompts stored once for all their samples.
 
-The *prefix* store holds one sequence per prompt, [prompts, heads, columns, width]; the *suffix* store one slot per row
-in flight, [rows, heads, columns, width]. A row's first token stands at column 0 of its slot, so rows that began at
-different times advance together, a finished row's slot is given to another, and nothing is shifted. Attention reads a
-prompt once for all of its samples, as queries of one product (`shared_attention`; Juravsky et al., "Hydragen",
-arXiv:2402.05099, without the second pass over the softmax), instead of once for each.
-Before a forward pass the cache is told by a plan (`Prefill`, `Decode`, `Extend`) where its keys and values go.
+Two stores. A *row's* slot, [rows, heads, columns, width], holds its tokens from its column 0 on, so rows that began at
+different times advance together, a finished row's slot is given to another, and nothing is shifted. Where several
+samples continue one prompt, its keys stand once in the *prefix* store, [prefixes, heads, columns, width], and the
+rows' slots hold only what they drew: attention then reads the prompt once for all of them, as queries of one product
+(`shared_attention`; the decomposition of Juravsky et al., "Hydragen", arXiv:2402.05099, with one softmax over both
+parts). Before a forward pass the cache is told by a plan (`Prefill`, `Decode`, `Extend`) where its keys go.
 Left out on purpose: paging, quantised keys, rolling windows (a sliding layer keeps all its tokens and masks them), and
 layers whose state is not keys and values (Mamba, linear attention).
 """
@@ -24,23 +24,41 @@ SHARED_ATTENTION = "cispo_shared_prefix"
 
 
 class Sharing:
-    """Which prefix each of B rows continues. N prefixes of at most `columns` tokens, at most G rows on each."""
+    """Which prefix each of B rows continues. N prefixes of at most `columns` tokens, at most G rows on each.
 
-    def __init__(self, group_B: np.ndarray, lengths_N: np.ndarray, device: torch.device):
+    group_B: place of its prefix in the store, -1 for a row that has all its tokens in its own slot. Such a row takes a
+    seat at the least occupied prefix, and its `length_B` of 0 masks what it sees there.
+    """
+
+    def __init__(
+        self, group_B: np.ndarray, lengths_N: np.ndarray, device: torch.device
+    ):
         self.N, self.columns, self.device = len(lengths_N), int(lengths_N.max()), device
-        counts_N = np.bincount(group_B, minlength=self.N)
-        order_B = np.argsort(group_B, kind="stable")
+        own_B = group_B < 0
+        self.length_B = torch.from_numpy(np.where(own_B, 0, lengths_N[group_B])).to(
+            device
+        )
+        counts_N = np.bincount(group_B[~own_B], minlength=self.N)
+        if own_B.any():
+            seats = max(int(counts_N.max()), -(-len(group_B) // self.N))
+            group_B = group_B.copy()
+            group_B[own_B] = np.repeat(np.arange(self.N), seats - counts_N)[
+                : own_B.sum()
+            ]
+            counts_N = np.bincount(group_B, minlength=self.N)
         rank_B = np.empty_like(group_B)
-        rank_B[order_B] = np.arange(len(group_B)) - (counts_N.cumsum() - counts_N)[group_B[order_B]]
+        order_B = np.argsort(group_B, kind="stable")
+        rank_B[order_B] = (
+            np.arange(len(group_B)) - (counts_N.cumsum() - counts_N)[group_B[order_B]]
+        )
         self.G = int(counts_N.max())
-        self.group_B, self._rank_B = group_B, rank_B
-        self.length_B = torch.from_numpy(lengths_N[group_B]).to(device)
+        self._group_B, self._rank_B = group_B, rank_B
         self._lanes: dict[int, Tensor] = {}
 
     def _lanes_of(self, heads: int) -> Tensor:
         """Where row b's head h stands in [N, heads, G] flattened: int64 [B · heads]."""
         if heads not in self._lanes:
-            first_BH = self.group_B[:, None] * heads + np.arange(heads)
+            first_BH = self._group_B[:, None] * heads + np.arange(heads)
             lanes_BH = first_BH * self.G + self._rank_B[:, None]
             self._lanes[heads] = torch.from_numpy(lanes_BH.reshape(-1)).to(self.device)
         return self._lanes[heads]
@@ -57,71 +75,94 @@ class Sharing:
         W = x.shape[-1]
         return x.reshape(-1, M * W).index_select(0, self._lanes_of(H)).view(-1, M, W)
 
-    def prefix_of_rows(self, x: Tensor) -> Tensor:
-        """One copy of its prefix for every row: [≥N, H, ≥columns, W] to [B, H, columns, W]."""
-        return x[torch.from_numpy(self.group_B).to(self.device), :, : self.columns]
-
 
 class Plan(Protocol):
     """What a forward pass does with the keys and values that each layer hands over ([B, heads, tokens, width])."""
 
     past: int  # tokens that the model is told to be in the cache already
 
-    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def place(
+        self, layer: SlotLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Write them down, and return those to attend over."""
 
 
 class Prefill:
-    """Whole sequences from their first token. Prefix slot `slots[i]` receives sequence `source[i]`."""
+    """Whole sequences from their first token. Prefix `prefixes[i]` receives sequence `of_prefixes[i]`, and the slot
+    `rows[i]` receives sequence `of_rows[i]` (int64; either pair may be empty)."""
 
     past = 0
 
-    def __init__(self, slots: slice | Tensor, source: Tensor | None = None):
-        self.slots, self.source = slots, source
+    def __init__(
+        self, prefixes: Tensor, of_prefixes: Tensor, rows: Tensor, of_rows: Tensor
+    ):
+        self.prefixes, self.of_prefixes, self.rows, self.of_rows = (
+            prefixes,
+            of_prefixes,
+            rows,
+            of_rows,
+        )
 
-    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for store, new in ((layer.prefix_keys, keys), (layer.prefix_values, values)):
-            store[self.slots, :, : new.shape[2]] = new if self.source is None else new[self.source]
+    def place(
+        self, layer: SlotLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for prefix_store, store, new in (
+            (layer.prefix_keys, layer.keys, keys),
+            (layer.prefix_values, layer.values, values),
+        ):
+            for to, slots, of in ((prefix_store, self.prefixes, self.of_prefixes), (store, self.rows, self.of_rows)):
+                if len(slots):
+                    S = min(new.shape[2], to.shape[2])  # a store may be narrower than the padding beside its sequences
+                    to[slots, :, :S] = new[of, :, :S]
         return keys, values
 
 
 class Decode:
     """One token for each of the first B slots, written at column `column_B` < `columns` of its slot."""
 
-    def __init__(self, sharing: Sharing, column_B: Tensor, columns: int, *, shared: bool):
-        self.sharing, self.column_B, self.columns, self.shared = sharing, column_B, columns, shared
-        self.past = sharing.columns + columns - 1
+    def __init__(self, sharing: Sharing | None, column_B: Tensor, columns: int):
+        self.sharing, self.column_B, self.columns = sharing, column_B, columns
+        self.past = columns - 1 + (sharing.columns if sharing else 0)
         self._flat: dict[int, Tensor] = {}
 
-    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def place(
+        self, layer: SlotLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         B, H, _, _ = keys.shape
         if H not in self._flat:
             lanes_BH = torch.arange(B * H, device=keys.device).view(B, H)
-            self._flat[H] = (lanes_BH * layer.keys.shape[2] + self.column_B[:, None]).flatten()
+            self._flat[H] = (
+                lanes_BH * layer.keys.shape[2] + self.column_B[:, None]
+            ).flatten()
         for store, new in ((layer.keys, keys), (layer.values, values)):
-            store.view(-1, store.shape[3]).index_copy_(0, self._flat[H], new.reshape(B * H, -1))
-        return _continue(self, layer, layer.keys[:B, :, : self.columns], layer.values[:B, :, : self.columns])
+            store.view(-1, store.shape[3]).index_copy_(
+                0, self._flat[H], new.reshape(B * H, -1)
+            )
+        keys, values = (
+            layer.keys[:B, :, : self.columns],
+            layer.values[:B, :, : self.columns],
+        )
+        if self.sharing:
+            keys.slot_layer, keys.slot_sharing = (
+                layer,
+                self.sharing,
+            )  # `shared_attention` is handed these keys
+        return keys, values
 
 
 class Extend:
-    """Several tokens for each of the slots `rows` (int64), written from column 0 on: a row's whole suffix at once."""
+    """Several tokens for each of the slots `rows` (int64), written from column 0 on: all that they drew, at once."""
 
-    def __init__(self, sharing: Sharing, rows: Tensor, *, shared: bool):
-        self.sharing, self.rows, self.shared = sharing, rows, shared
-        self.past = sharing.columns
+    def __init__(self, sharing: Sharing, rows: Tensor):
+        self.sharing, self.rows, self.past = sharing, rows, sharing.columns
 
-    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def place(
+        self, layer: SlotLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         layer.keys[self.rows, :, : keys.shape[2]] = keys
         layer.values[self.rows, :, : keys.shape[2]] = values
-        return _continue(self, layer, keys, values)
-
-
-def _continue(plan: Decode | Extend, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    if plan.shared:
-        keys.slot_layer, keys.slot_sharing = layer, plan.sharing  # for `shared_attention`, which is handed these keys
+        keys.slot_layer, keys.slot_sharing = layer, self.sharing
         return keys, values
-    prefix_keys, prefix_values = (plan.sharing.prefix_of_rows(x) for x in (layer.prefix_keys, layer.prefix_values))
-    return torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
 
 
 def shared_attention(
@@ -135,9 +176,9 @@ def shared_attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of each row over its prefix and its suffix, by the signature of `transformers`' attention
-    functions. query: [B, query heads, S, width]; key, value: the suffix, [B, heads, columns, width]; attention_mask:
-    additive, [B, 1, S, prefix columns + suffix columns]. Returns [B, S, query heads, width].
+    """Softmax attention of each row over its prefix and its slot, by the signature of `transformers`' attention
+    functions. query: [B, query heads, S, width]; key, value: the slots, [B, heads, columns, width]; attention_mask:
+    additive, [B, 1, S, prefix columns + slot columns]. Returns [B, S, query heads, width].
 
     Scores are softmaxed in float32. Raises NotImplementedError for attention sinks and position biases.
     """
@@ -150,18 +191,25 @@ def shared_attention(
     M = queries // H * S
     query = query.reshape(B, H, M, D)
     prefix_keys, prefix_values = (
-        x[: sharing.N, :, :Lp].flatten(0, 1) for x in (layer.prefix_keys, layer.prefix_values)
+        x[: sharing.N, :, :Lp].flatten(0, 1)
+        for x in (layer.prefix_keys, layer.prefix_values)
     )
     scores = query.new_empty(B * H, M, L)
-    scores[:, :, :Lp] = sharing.scatter(torch.bmm(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M)
-    scores[:, :, Lp:] = torch.bmm(query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2))
+    scores[:, :, :Lp] = sharing.scatter(
+        torch.bmm(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M
+    )
+    scores[:, :, Lp:] = torch.bmm(
+        query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2)
+    )
     scores = scores.mul_(D**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores.view(B, queries, S, L).add_(attention_mask)
     probs = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     out = torch.bmm(probs[:, :, Lp:], value.flatten(0, 1))
-    of_prefix = torch.bmm(sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values)
+    of_prefix = torch.bmm(
+        sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values
+    )
     out += sharing.scatter(of_prefix, H, M)
     return out.view(B, queries, S, -1).transpose(1, 2).contiguous(), None
 
@@ -183,17 +231,23 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def stores(self) -> tuple[Tensor, ...]:
-        return (self.prefix_keys, self.prefix_values, self.keys, self.values) if self.is_initialized else ()
+        return (
+            (self.prefix_keys, self.prefix_values, self.keys, self.values)
+            if self.is_initialized
+            else ()
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked column still meets its weight 0 in a product, and 0 · NaN is NaN.
-        (N, P), (R, C) = self.cache.prefix_sides, self.cache.suffix_sides
+        (N, P), (R, C) = self.cache.prefix_sides, self.cache.row_sides
         for name, x in (("keys", key_states), ("values", value_states)):
             setattr(self, f"prefix_{name}", x.new_zeros(N, x.shape[1], P, x.shape[3]))
             setattr(self, name, x.new_zeros(R, x.shape[1], C, x.shape[3]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.cache.plan.place(self, key_states, value_states)
@@ -209,28 +263,38 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The stores of all layers. `prefix_sides` and `suffix_sides` are (slots, columns); memory is taken at the first
+    """The stores of all layers. `prefix_sides` and `row_sides` are (slots, columns); memory is taken at the first
     write, and a store that has grown is a new one, so nothing may keep a view of it from one pass to the next."""
 
     def __init__(self, layers: int):
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
-        self.prefix_sides = self.suffix_sides = (0, 0)
-        self.plan: Plan = Prefill(slice(0, 0))
+        self.prefix_sides = self.row_sides = (0, 0)
+        self.plan: Plan | None = None
 
-    def reshape(self, prefix_sides: tuple[int, int], suffix_sides: tuple[int, int], prefixes: int, rows: int) -> None:
+    def reshape(
+        self,
+        prefix_sides: tuple[int, int],
+        row_sides: tuple[int, int],
+        prefixes: int,
+        rows: int,
+    ) -> None:
         """Give the stores other sides, keeping the first `prefixes` and `rows` slots as far as they fit."""
         for layer in self.layers:
             if layer.is_initialized:
                 if prefix_sides != self.prefix_sides:
-                    layer.prefix_keys = resized(layer.prefix_keys, *prefix_sides, prefixes, dim=2)
-                    layer.prefix_values = resized(layer.prefix_values, *prefix_sides, prefixes, dim=2)
-                if suffix_sides != self.suffix_sides:
-                    layer.keys = resized(layer.keys, *suffix_sides, rows, dim=2)
-                    layer.values = resized(layer.values, *suffix_sides, rows, dim=2)
-        self.prefix_sides, self.suffix_sides = prefix_sides, suffix_sides
+                    layer.prefix_keys = resized(
+                        layer.prefix_keys, *prefix_sides, prefixes, dim=2
+                    )
+                    layer.prefix_values = resized(
+                        layer.prefix_values, *prefix_sides, prefixes, dim=2
+                    )
+                if row_sides != self.row_sides:
+                    layer.keys = resized(layer.keys, *row_sides, rows, dim=2)
+                    layer.values = resized(layer.values, *row_sides, rows, dim=2)
+        self.prefix_sides, self.row_sides = prefix_sides, row_sides
 
     def move_rows(self, source: Tensor, target: Tensor, columns: int) -> None:
-        """Copy the first `columns` columns of the suffix slots `source` onto the slots `target` (int64, disjoint)."""
+        """Copy the first `columns` columns of the rows' slots `source` onto the slots `target` (int64, disjoint)."""
         for layer in self.layers:
             for store in layer.stores[2:]:
                 store[target, :, :columns] = store[source, :, :columns]
@@ -248,7 +312,11 @@ class SlotCache(Cache):
 
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token, over the layers written so far."""
-        return sum(x.shape[1] * x.shape[3] * x.element_size() for layer in self.layers for x in layer.stores[2:])
+        return sum(
+            x.shape[1] * x.shape[3] * x.element_size()
+            for layer in self.layers
+            for x in layer.stores[2:]
+        )
 
 
 def resized(x: Tensor, slots: int, columns: int, keep: int, dim: int) -> Tensor:

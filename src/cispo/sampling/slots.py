@@ -16,7 +16,9 @@ from cispo.sampling.cache import Sharing, SlotCache, resized
 from cispo.sampling.draw import row_seed
 from cispo.types import Completion, SampleRequest
 
-CUR, COLUMN, POSITION, COUNT, SEED = range(5)  # columns of `Slots.ints`; a draw adds 1 to the middle three
+CUR, COLUMN, POSITION, COUNT, SEED = range(
+    5
+)  # columns of `Slots.ints`; a draw adds 1 to the middle three
 TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)  # columns of `Slots.params`
 
 
@@ -43,7 +45,8 @@ class Prefix:
 @dataclass(slots=True, eq=False)
 class Row:
     """One sample under way. tokens, logprobs: what it drew before it last lost its slot. spans: (tokens drawn before,
-    version from there on). order: its place in the order of admission."""
+    version from there on). order: its place in the order of admission. sequence: prompt and `tokens`, once it has a
+    slot. prefix: where their keys stand, None for the row's own slot."""
 
     job: Job
     sample: int
@@ -51,17 +54,19 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     order: int = 0
+    sequence: tuple[int, ...] = ()
     prefix: Prefix | None = None
 
 
 class Slots:
-    """n slots of the rows in flight, and the prefixes that these continue.
+    """n slots of the rows in flight, and the prefixes that some of these continue.
 
     ints: int64 [R, 5], by slot: the newest token, its column, its position in the whole sequence, the tokens drawn so
     far, the row's seed. stops: int64 [R, E], the ids that end the row, filled up with -1. ids, logprobs: what it drew
-    since it got its slot, the token whose key stands at column c of the suffix store at column c.
-    Host: rows; drawn (since it got its slot); limit (of `drawn`); group (slot of its prefix); params; watched (has stop
-    strings); live (false once finished, until the slot is given away).
+    since it got its slot, each token at the column where its key will stand.
+    Host: rows; start (columns of its slot that its sequence took); used (and the tokens drawn since); limit (of
+    `used`); group (place of its prefix, or -1); params; watched (has stop strings); live (false once finished, until
+    the slot is given away).
     """
 
     def __init__(self, layers: int, device: torch.device):
@@ -75,62 +80,98 @@ class Slots:
         self.stops = torch.full((0, 1), -1, dtype=torch.int64, device=device)
         self.ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
-        self.drawn, self.limit, self.group = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self.start, self.used, self.limit, self.group = (
+            np.zeros(0, dtype=np.int64) for _ in range(4)
+        )
         self.params = np.zeros((0, 4))
         self.watched, self.live = (np.zeros(0, dtype=bool) for _ in range(2))
         self._sharing: Sharing | None = None
 
     @property
     def _host(self) -> tuple[np.ndarray, ...]:
-        return self.drawn, self.limit, self.group, self.params, self.watched, self.live
+        return (
+            self.start,
+            self.used,
+            self.limit,
+            self.group,
+            self.params,
+            self.watched,
+            self.live,
+        )
 
     @property
-    def sharing(self) -> Sharing:
-        """Which prefix each of the n rows continues."""
-        if self._sharing is None:
+    def sharing(self) -> Sharing | None:
+        """Which prefix each of the n rows continues; None where every row has all its tokens in its slot."""
+        if self._sharing is None and (self.group[: self.n] >= 0).any():
             lengths_N = np.array([len(prefix.tokens) for prefix in self.prefixes])
             self._sharing = Sharing(self.group[: self.n], lengths_N, self.device)
         return self._sharing
 
-    def reshape(self, prefix_sides: tuple[int, int], suffix_sides: tuple[int, int]) -> None:
+    def reshape(
+        self, prefix_sides: tuple[int, int], row_sides: tuple[int, int]
+    ) -> None:
         """Give the stores other sides; what is in flight stays."""
-        self.cache.reshape(prefix_sides, suffix_sides, len(self.prefixes), self.n)
-        R, columns = suffix_sides
+        self.cache.reshape(prefix_sides, row_sides, len(self.prefixes), self.n)
+        R, columns = row_sides
         self.ids = resized(self.ids, R, columns + 1, self.n, dim=1)
         self.logprobs = resized(self.logprobs, R, columns + 1, self.n, dim=1)
         if len(self.rows) != R:
             self.ints = resized(self.ints, R, 5, self.n, dim=1)
             self.stops = resized(self.stops, R, self.stops.shape[1], self.n, dim=1)
             self.rows = (self.rows + [None] * R)[:R]
-            self.drawn, self.limit, self.group, self.params, self.watched, self.live = (
-                np.concatenate([x[: self.n], np.zeros((R - self.n, *x.shape[1:]), x.dtype)]) for x in self._host
+            (
+                self.start,
+                self.used,
+                self.limit,
+                self.group,
+                self.params,
+                self.watched,
+                self.live,
+            ) = (
+                np.concatenate(
+                    [x[: self.n], np.zeros((R - self.n, *x.shape[1:]), x.dtype)]
+                )
+                for x in self._host
             )
 
     def fill(self, rows: list[Row], prefixes: list[int]) -> slice:
-        """Give the next slots to `rows`, which continue the prefixes at these places. Nothing is drawn yet."""
+        """Give the next slots to `rows`, which continue the prefixes at these places (-1: a sequence in their own slot).
+        Nothing is drawn yet."""
         new = slice(self.n, self.n + len(rows))
         for row, place in zip(rows, prefixes, strict=True):
-            row.prefix = self.prefixes[place]
-            row.prefix.rows += 1
+            row.prefix = None if place < 0 else self.prefixes[place]
+            if row.prefix is not None:
+                row.prefix.rows += 1
         requests = [row.job.request for row in rows]
+        length = np.array([len(row.sequence) for row in rows])
+        start = np.where(np.array(prefixes) < 0, length, 0)
         ints = np.empty((len(rows), 5), dtype=np.int64)
-        ints[:, CUR], ints[:, COLUMN] = 0, -1
-        ints[:, POSITION] = [len(row.prefix.tokens) - 1 for row in rows]
+        ints[:, CUR], ints[:, COLUMN], ints[:, POSITION] = 0, start - 1, length - 1
         ints[:, COUNT] = [len(row.tokens) for row in rows]
         ints[:, SEED] = [row_seed(row.job.seed, row.sample) for row in rows]
         self.ints[new] = torch.from_numpy(ints).to(self.device)
         most = max(len(row.job.stop_token_ids) for row in rows)
         if most > self.stops.shape[1]:
-            wider = torch.full((len(self.rows), most), -1, dtype=torch.int64, device=self.device)
+            wider = torch.full(
+                (len(self.rows), most), -1, dtype=torch.int64, device=self.device
+            )
             wider[:, : self.stops.shape[1]] = self.stops
             self.stops = wider
         E = self.stops.shape[1]
-        stops = [row.job.stop_token_ids + (-1,) * (E - len(row.job.stop_token_ids)) for row in rows]
+        stops = [
+            row.job.stop_token_ids + (-1,) * (E - len(row.job.stop_token_ids))
+            for row in rows
+        ]
         self.stops[new] = torch.tensor(stops, dtype=torch.int64).to(self.device)
-        self.drawn[new] = 0
-        self.limit[new] = [request.params.max_tokens for request in requests] - ints[:, COUNT]
+        self.start[new] = self.used[new] = start
+        self.limit[new] = (
+            start + [request.params.max_tokens for request in requests] - ints[:, COUNT]
+        )
         self.group[new] = prefixes
-        self.params[new] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (r.params for r in requests)]
+        self.params[new] = [
+            (p.temperature, p.top_k, p.top_p, p.min_p)
+            for p in (r.params for r in requests)
+        ]
         self.watched[new] = [bool(request.params.stop) for request in requests]
         self.live[new] = True
         self.rows[new] = rows
@@ -140,18 +181,22 @@ class Slots:
 
     def written(self, slot: int) -> list[int]:
         """All tokens that the row has drawn."""
-        return self.rows[slot].tokens + self.ids[slot, : int(self.drawn[slot])].tolist()
+        return (
+            self.rows[slot].tokens
+            + self.ids[slot, self.start[slot] : self.used[slot]].tolist()
+        )
 
     def drop(self, slots: np.ndarray) -> None:
         """Mark rows as finished. A dead row goes on from column 0, which keeps it inside its store, until `compact`
         gives its slot away."""
         self.live[slots] = False
-        self.drawn[slots] = 1
+        self.used[slots] = 1
         self.limit[slots] = np.iinfo(np.int64).max
         self.watched[slots] = False
         self.dead += len(slots)
         for slot in slots:
-            self.rows[slot].prefix.rows -= 1
+            if self.rows[slot].prefix is not None:
+                self.rows[slot].prefix.rows -= 1
             self.rows[slot] = None
         at = torch.from_numpy(np.asarray(slots)).to(self.device)
         self.ints[at, COLUMN] = 0
@@ -165,7 +210,7 @@ class Slots:
             target, source = _holes(self.live[: self.n], n)
             if len(target):
                 to, of = (torch.from_numpy(x).to(self.device) for x in (target, source))
-                columns = int(self.drawn[source].max())
+                columns = int(self.used[source].max())
                 self.cache.move_rows(of, to, columns)
                 self.ints[to], self.stops[to] = self.ints[of], self.stops[of]
                 self.ids[to, :columns] = self.ids[of, :columns]
@@ -178,14 +223,19 @@ class Slots:
             self.rows[n : self.n] = [None] * (self.n - n)
         moved = self.dead > 0
         self.n, self.dead = self.n - self.dead, 0
-        wanted = np.array([prefix.rows > 0 or prefix.held for prefix in self.prefixes], dtype=bool)
+        wanted = np.array(
+            [prefix.rows > 0 or prefix.held for prefix in self.prefixes], dtype=bool
+        )
         if not wanted.all():
             target, source = _holes(wanted, int(wanted.sum()))
             if len(target):
-                self.cache.move_prefixes(*(torch.from_numpy(x).to(self.device) for x in (source, target)))
+                self.cache.move_prefixes(
+                    *(torch.from_numpy(x).to(self.device) for x in (source, target))
+                )
             places = np.arange(len(wanted))
             places[source] = target
-            self.group[: self.n] = places[self.group[: self.n]]
+            group = self.group[: self.n]
+            self.group[: self.n] = np.where(group < 0, -1, places[group])
             for a, b in zip(target, source, strict=True):
                 self.prefixes[a] = self.prefixes[b]
             del self.prefixes[int(wanted.sum()) :]
