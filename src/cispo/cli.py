@@ -190,7 +190,7 @@ def build_machines(
 
         parts = cluster.compose(config, path, task)
         stack.callback(parts.close)
-        return parts.learner, parts.sampler or build_sampler(config, path, None, stack), parts.task
+        return parts.learner, parts.sampler or build_sampler(config, path, None, parts.learner, stack), parts.task
     loaded = models.load(config.model, path)
     reference = None
     if config.algorithm.kl is not None and config.model.lora is None:
@@ -201,11 +201,13 @@ def build_machines(
         head_dtype=torch.float32 if config.model.head_dtype == "float32" else None,
         reference=reference,
     )
-    return learner, build_sampler(config, path, loaded, stack), task
+    return learner, build_sampler(config, path, loaded, learner, stack), task
 
 
-def build_sampler(config: Config, path: str | Path, loaded: LoadedModel | None, stack: contextlib.ExitStack) -> Sampler:
-    """In turn with the learner and on its weights (`loaded`), or beside it in a process of its own."""
+def build_sampler(
+    config: Config, path: str | Path, loaded: LoadedModel | None, learner: Learner, stack: contextlib.ExitStack
+) -> Sampler:
+    """In turn with the learner and on its weights (`loaded`), beside it in a process of its own, or vLLM."""
     from cispo import model as models
     from cispo.sampling.local import LocalSampler
     from cispo.sampling.process import ProcessOptions, ProcessSampler
@@ -219,6 +221,22 @@ def build_sampler(config: Config, path: str | Path, loaded: LoadedModel | None, 
     if place == "inline" and loaded is not None:
         eos = models.eos_token_ids(loaded.model, loaded.tokenizer)
         return LocalSampler(loaded.model, loaded.tokenizer, eos_token_ids=eos, **options)
+    if place == "vllm":
+        from cispo.sampling.probe import learner_logprobs
+        from cispo.sampling.vllm import VllmSampler
+
+        sampler = VllmSampler(
+            path,
+            config.vllm,
+            reference=learner_logprobs(learner),
+            tokenizer=models.load_tokenizer(path),
+            in_flight=asynchrony.in_flight_weight_updates,
+            recompute_kv=asynchrony.recompute_kv,
+            threads=asynchrony.sampler_threads,
+            seed=config.seed,
+        )
+        stack.callback(sampler.close)
+        return sampler
     sampler = ProcessSampler(
         ProcessOptions(
             path=path,
