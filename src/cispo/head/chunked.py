@@ -20,7 +20,7 @@ Left out on purpose: double backward, and objectives that are not token-local (`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,10 +73,16 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 class Rows:
     """What one chunk of rows gave: their places in T, and log-prob of the target, entropy and log-sum-exp, [C] each."""
 
-    rows_C: Tensor
+    rows_C: Tensor | slice
     logp_C: Tensor
     entropy_C: Tensor
     lse_C: Tensor
+
+    def at(self, active: Tensor) -> Tensor | slice:
+        """Places in T of some of the chunk's rows, given by their numbers in it, ascending."""
+        if len(active) == len(self.logp_C):
+            return self.rows_C
+        return active + self.rows_C.start if isinstance(self.rows_C, slice) else self.rows_C[active]
 
 
 class Pass:
@@ -131,7 +137,10 @@ class Pass:
         """Elements from one row of the workspace to the next."""
         return self.head_VD.shape[0]
 
-    def chunks(self, rows_R: Tensor) -> tuple[Tensor, ...]:
+    def chunks(self, rows_R: Tensor) -> Iterable[Tensor | slice]:
+        """The rows a chunk at a time; as slices, which copy nothing, where they are all of T."""
+        if len(rows_R) == len(self.hidden_TD):
+            return _blocks(len(rows_R), len(self.logits_CV))
         return rows_R.split(len(self.logits_CV)) if len(rows_R) else ()
 
     def wide_head(self) -> Iterator[tuple[slice, Tensor]]:
@@ -142,7 +151,7 @@ class Pass:
         for block in _blocks(len(self.head_VD), len(self.head_UD)):
             yield block, self.head_UD[: block.stop - block.start].copy_(self.head_VD[block])
 
-    def logits(self, rows_C: Tensor) -> Tensor:
+    def logits(self, rows_C: Tensor | slice) -> Tensor:
         """Tempered logits of a chunk in the wide dtype, in the workspace."""
         hidden_CD = self.hidden_TD[rows_C]
         if self.bias_V is None and self.inputs.temperature == 1.0:
@@ -161,7 +170,7 @@ class Pass:
             torch.mm(wide_CD, head_UD.T, out=z_CV[:, block])
         return z_CV
 
-    def reduce_(self, z_CV: Tensor, rows_C: Tensor) -> Rows:
+    def reduce_(self, z_CV: Tensor, rows_C: Tensor | slice) -> Rows:
         """Log-probs, entropies and log-sum-exps of a chunk's logits; z becomes p = softmax z on the way."""
         targets_C = self.inputs.targets_T[rows_C]
         logp_C, entropy_C, lse_C = z_CV.new_empty(3, len(z_CV))
@@ -193,7 +202,7 @@ class Pass:
         active = (k_C != 0 if g_C is None else (k_C != 0) | (g_C != 0)).nonzero().flatten()
         if not len(active):
             return
-        rows_A = rows.rows_C[active]
+        rows_A = rows.at(active)
         d_AV, scale_A1 = self._dlogits(p_CV, rows, active, k_C, None if g_C is None else g_C / self.inputs.temperature)
         if self.dhidden_TD is not None:
             self.dhidden_TD[rows_A] = (self._times_head(d_AV) * scale_A1).to(self.dhidden_TD.dtype)
@@ -206,7 +215,7 @@ class Pass:
         self, p_CV: Tensor, rows: Rows, active: Tensor, k_C: Tensor, g_C: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """d and a row scale: d·scale is the logits' gradient k·(p − onehot) + g·p·(log p + H) of the active rows."""
-        targets_A1, k_A1 = self.inputs.targets_T[rows.rows_C[active], None], k_C[active, None]
+        targets_A1, k_A1 = self.inputs.targets_T[rows.at(active), None], k_C[active, None]
         if self.product == self.wide and g_C is None:
             d_AV = self._compact_(p_CV, active)
             return d_AV.scatter_add_(1, targets_A1, d_AV.new_full((len(active), 1), -1.0)), k_A1

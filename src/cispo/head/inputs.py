@@ -88,8 +88,9 @@ class HeadInputs:
         if not len(rows_R):
             return
         targets_R, V = self.targets_T[rows_R], self.head_VD.shape[0]
-        wrong_R = (targets_R < 0) | (targets_R >= V)
-        if wrong_R.any():
+        low, high = torch.stack(targets_R.aminmax()).tolist()
+        if low < 0 or high >= V:
+            wrong_R = (targets_R < 0) | (targets_R >= V)
             i = int(wrong_R.nonzero()[0])
             fail("targets_T", f"{int(targets_R[i])} at row {int(rows_R[i])} is not a token id below V = {V}")
 
@@ -128,7 +129,7 @@ class PolicyInputs(HeadInputs):
         self.check_targets(self.extra_E)
 
 
-def coefficients(inputs: PolicyInputs, logprobs_C: Tensor, rows_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def coefficients(inputs: PolicyInputs, logprobs_C: Tensor, rows_C: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per token, coefficient c = d(Σ w·loss)/d(log π), and which rows are non-finite; all of shape [C], detached.
 
     At a non-finite row loss and coefficient are 0. Where the call says `nonfinite="raise"` the caller then raises

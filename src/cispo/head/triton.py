@@ -231,11 +231,11 @@ class LogitsPass(chunked.Pass):
         chunk = len(self.logits_CV) if any(need) else 0
         self.dlogits_CV = self.hidden_TD.new_empty(chunk, self._width(), dtype=self.product)[:, : len(self.head_VD)]
 
-    def logits(self, rows_C: Tensor) -> Tensor:
+    def logits(self, rows_C: Tensor | slice) -> Tensor:
         """The bare product: bias and temperature are applied where it is read."""
         return self._product(self.hidden_TD[rows_C])
 
-    def reduce_(self, z_CV: Tensor, rows_C: Tensor) -> chunked.Rows:
+    def reduce_(self, z_CV: Tensor, rows_C: Tensor | slice) -> chunked.Rows:
         logp_C, entropy_C, lse_C = z_CV.new_empty(3, len(z_CV))
         _reduce_kernel[(len(z_CV),)](
             z_CV, self._bias(), self.inputs.targets_T[rows_C], logp_C, entropy_C, lse_C, z_CV.shape[1], z_CV.stride(0),
@@ -279,7 +279,7 @@ class TilePass(chunked.Pass):
     def chunks(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         return (rows_R,) if len(rows_R) else ()
 
-    def logits(self, rows_C: Tensor) -> Tensor:
+    def logits(self, rows_C: Tensor | slice) -> Tensor:
         return self.hidden_TD[rows_C].to(self.product)
 
     def _call(self, kernel, hidden_CD: Tensor, *pointers: Tensor, **constants) -> None:
@@ -292,8 +292,8 @@ class TilePass(chunked.Pass):
             TILE_T=_TILE_T, TILE_V=_TILE_V, TILE_D=min(_TILE_D, max(16, triton.next_power_of_2(D))), **constants,
         )  # fmt: skip
 
-    def reduce_(self, hidden_CD: Tensor, rows_C: Tensor) -> chunked.Rows:
-        R, tiles = len(rows_C), triton.cdiv(self.head_VD.shape[0], _TILE_V)
+    def reduce_(self, hidden_CD: Tensor, rows_C: Tensor | slice) -> chunked.Rows:
+        R, tiles = len(hidden_CD), triton.cdiv(self.head_VD.shape[0], _TILE_V)
         m_CU, s_CU, t_CU = hidden_CD.new_empty(3, R, tiles, dtype=self.wide)
         target_C = hidden_CD.new_empty(R, dtype=self.wide)
         self._call(_tile_reduce_kernel, hidden_CD, self.inputs.targets_T[rows_C], target_C, m_CU, s_CU, t_CU)
@@ -313,7 +313,7 @@ class TilePass(chunked.Pass):
         active = (k_C != 0 if g_C is None else (k_C != 0) | (g_C != 0)).nonzero().flatten()
         if not len(active):
             return
-        rows_A, unused = rows.rows_C[active], self.head_VD
+        rows_A, unused = rows.at(active), self.head_VD
         dhidden_AD = hidden_CD.new_zeros(len(active), hidden_CD.shape[1], dtype=self.wide)
         self._call(
             _tile_gradient_kernel, hidden_CD[active], self.inputs.targets_T[rows_A], rows.lse_C[active], k_C[active],
