@@ -4,6 +4,7 @@ Run by `make test-engines`, in a virtual environment of its own (docs/vllm.md); 
 the tests of a module share three. Left out: NCCL and CUDA IPC, which need GPUs.
 """
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
+from cispo import cli
+from cispo import config as configs
 from cispo import model as models
 from cispo.config import ModelConfig, VllmConfig
 from cispo.learner import LocalLearner
@@ -318,10 +322,29 @@ def test_another_version_of_vllm_is_refused_with_the_one_that_is_supported():
         check_version("0.33.1", "the one installed here")
 
 
-def test_an_attention_head_that_vllm_cannot_run_ends_the_start_with_its_words(tmp_path):
-    make_base(tmp_path / "model", recipe=BaseRecipe(steps=1))  # a head dimension of 24
-    with pytest.raises(RunError, match="vllm: "):
-        VllmSampler(tmp_path / "model", SETTINGS.model_copy(update={"max_restarts": 0}))
+def test_an_attention_head_that_vllm_cannot_run_is_refused_before_an_engine_starts(tmp_path):
+    make_base(tmp_path / "model", recipe=BaseRecipe(steps=1))
+    with pytest.raises(ConfigError, match=r"attention heads of 32, 64, .* has 24; use async.sampler: process"):
+        VllmSampler(tmp_path / "model", SETTINGS)
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_trains_on_what_vllm_samples(tmp_path):
+    make_base(tmp_path / "base", recipe=BaseRecipe(heads=3))  # attention heads of 32
+    config = configs.load(
+        None,
+        f"--model.path {tmp_path / 'base'} --run_dir {tmp_path / 'run'} --async.sampler vllm --vllm.kv_cache_gib 0.5 "
+        "--steps 4 --eval.every 4 --eval.max_prompts 64 --vllm.probe_every 1 --vllm.probe_tolerance 1e-4".split(),
+    )
+    run = cli.train(config, console=Console(quiet=True))
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+    for step in steps[1:]:
+        assert step["kl/sampler_max_abs"] <= 1e-4 and step["ratio/first_update_max"] <= 1 + 2e-4
+        assert step["staleness/histogram"] == [step["tokens/sampled"]]
+    assert steps[-1]["eval/think_rate"] > steps[0]["eval/think_rate"]
 
 
 # ---------------------------------------------------------------------------------------------------------- a server
@@ -340,6 +363,7 @@ class Server:
 
     def start(self) -> None:
         flags = f"--port {self.port} --host 127.0.0.1 --dtype float32 --enforce-eager --max-num-seqs 3".split()
+        flags.append("--enable-scale-out")
         flags += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "cispo"}']
         flags += ["--kv-cache-memory-bytes", str(2**29), "--model", str(self.folder)]
         environment = os.environ | {

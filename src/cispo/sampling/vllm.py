@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
@@ -101,6 +101,15 @@ class _Job:
     num_samples: int
     sampling: Mapping[str, Any]
     salt: str
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What was published last: as a file, or (NCCL, IPC) as the learner's own tensors; neither: the model folder's."""
+
+    version: int
+    path: Path | None = None
+    tensors: Mapping[str, Tensor] | None = None
 
 
 class _Engine(Protocol):
@@ -418,7 +427,9 @@ class VllmSampler:
         self._tolerance = config.probe_tolerance or TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
         self._check_settings()
         self._folder: Path | None = None
-        self._file: Path | None = None
+        self._newest = _Weights(version)
+        self._applied = version  # what the engine has, as the loop knows
+        self._starting: float | None = None
         self._published = config.url is None
         self._updates = 0
         self._seeds = random.Random(seed)
@@ -438,7 +449,7 @@ class VllmSampler:
         self._thread = threading.Thread(target=self._run_loop, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._wait(self._start(first=True), config.start_timeout_s, "the engine to start (vllm.start_timeout_s)")
+            self._wait(self._start(first=True), "the start of the engine")
             self._heartbeat = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
         except BaseException:
             self.close()
@@ -476,6 +487,7 @@ class VllmSampler:
                 self._arrived.wait(_POLL_S)
             if self._error is not None:
                 raise self._error
+            self._check_start()
             done, self._done = self._done, []
         for result in done:
             self._tasks.pop(result.request_id, None)
@@ -516,13 +528,15 @@ class VllmSampler:
         """
         if weights is None:
             raise ConfigError("update_weights: vLLM has weights of its own, so they must be passed: learner.weights()")
-        path = self._write(weights, version) if self.config.weight_transfer == "file" else None
-        old, self._file = self._file, path
-        self._weights = weights if path is None else None
+        old = self._newest.path
+        if self.config.weight_transfer == "file":
+            self._newest = _Weights(version, path=self._write(weights, version))
+        else:
+            self._newest = _Weights(version, tensors=weights)
+        # No limit of its own: a drain lasts as long as its longest completion, and a dead engine ends the waiting.
+        self._wait(self._publish(), "the weight update")
         self.version = version
         self._published = True
-        # No limit of its own: a drain lasts as long as its longest completion, and a dead engine ends the waiting.
-        self._wait(self._publish(), None, "the weight update")
         if old is not None:
             old.unlink(missing_ok=True)
         self._updates += 1
@@ -550,7 +564,7 @@ class VllmSampler:
         async def complete() -> list[tuple[Completion, ...]]:
             return list(await asyncio.gather(*jobs))
 
-        completions = [found[0] for found in self._wait(complete(), None, "a probe")]
+        completions = [found[0] for found in self._wait(complete(), "a probe")]
         self.parity = compare(
             prompts,
             completions,
@@ -619,7 +633,7 @@ class VllmSampler:
                 prompt=request.prompt,
                 num_samples=samples,
                 sampling=self._sampling(request.params, seed),
-                salt=f"cispo-{self.version}",
+                salt=f"cispo-{self._applied}",
             )
             try:
                 completions = await self._unless_lost(engine, engine.generate(job))
@@ -647,8 +661,8 @@ class VllmSampler:
         }
 
     def _check_versions(self, completions: Sequence[Completion]) -> None:
-        newest = max((v for completion in completions for v in completion.versions), default=self.version)
-        if newest > self.version:
+        newest = max((v for completion in completions for v in completion.versions), default=0)
+        if newest > self._newest.version:
             raise EngineLost(f"vllm: a completion is of version {newest}, which this run has not published yet")
 
     async def _publish(self) -> None:
@@ -671,40 +685,53 @@ class VllmSampler:
         await engine.resume()
 
     async def _send(self, engine: _Engine) -> None:
-        version = str(self.version)
-        if self.config.weight_transfer == "file":
+        newest = self._newest
+        if newest.path is not None:
             await engine.call("start_weight_update")
-            await engine.call("update_weights", {"path": str(self._file)})
-            await engine.call("finish_weight_update", version)
-            return
-        client = _SyncClient(engine, self._loop, version)
-        if self._sender is None:
-            world_size = 1 + self.config.tensor_parallel
-            self._sender = await asyncio.to_thread(_open_sender, self.config.weight_transfer, client, world_size)
-        self._sender.client = client
-        self._sender.source = _source(self._weights)
-        await asyncio.to_thread(self._sender.send_weights)
+            await engine.call("update_weights", {"path": str(newest.path)})
+            await engine.call("finish_weight_update", str(newest.version))
+        elif newest.tensors is not None:
+            client = _SyncClient(engine, self._loop, str(newest.version))
+            if self._sender is None:
+                world_size = 1 + self.config.tensor_parallel
+                self._sender = await asyncio.to_thread(_open_sender, self.config.weight_transfer, client, world_size)
+            self._sender.client = client
+            self._sender.source = _source(newest.tensors)
+            await asyncio.to_thread(self._sender.send_weights)
+        else:
+            await engine.call("update_weight_version", str(newest.version))
+        self._applied = newest.version
 
     async def _start(self, *, first: bool) -> None:
         """A new engine with the newest weights, in the place of the old one."""
-        if self.config.url is not None:
-            engine = _Server(self.config.url, self.config)
-            self._engine = engine
-            described = await engine.start(wait=not first)
-            await self._check_server(engine, described)
-            await engine.resume()  # one that was left paused by a run that died
-        else:
-            engine = _InProcess(
-                self.model, self.dtype, self.config, threads=self._threads, context_length=self.context_length
-            )
-            await engine.start()
-            self._engine = engine
-        if self.config.weight_transfer == "file":
-            await self._init_transfer(engine)
-        if self._file is not None:
+        self._starting = time.monotonic()
+        try:
+            if self.config.url is not None:
+                self._engine = engine = _Server(self.config.url, self.config)
+                await self._check_server(engine, await engine.start(wait=not first))
+                await engine.resume()  # one that was left paused by a run that died
+            else:
+                self._engine = engine = _InProcess(
+                    self.model, self.dtype, self.config, threads=self._threads, context_length=self.context_length
+                )
+                await engine.start()
+            if self.config.weight_transfer == "file":
+                await self._init_transfer(engine)
             await self._send(engine)
-        else:
-            await engine.call("update_weight_version", str(self.version))
+            if first:
+                await self._try(engine)
+        finally:
+            self._starting = None
+
+    async def _try(self, engine: _Engine) -> None:
+        """One token, because some models load and cannot run. Raises ConfigError."""
+        sampling = self._sampling(SamplingParams(max_tokens=1, stop_token_ids=()), 0)
+        job = _Job(f"trial-{id(self)}", (0,), 1, sampling, f"trial-{id(self)}")
+        try:
+            await self._unless_lost(engine, engine.generate(job), every=_HEARTBEAT_S)
+        except RunError as error:
+            where = f"the engine for {self.model}" if self.config.url is None else f"the server at {self.config.url}"
+            raise ConfigError(f"async.sampler: {where} gave no token: {error}; its own messages say more") from error
 
     async def _init_transfer(self, engine: _Engine) -> None:
         """Open our weight transfer engine, whose workers look whether theirs is the model that will be sent."""
@@ -761,7 +788,7 @@ class VllmSampler:
             await asyncio.sleep(min(_HEARTBEAT_S, self.config.timeout_s / 4))
             async with self._turn:
                 engine = self._engine
-                expected = str(self.version)
+                expected = str(self._applied)
                 try:
                     version = await self._ask(engine)
                 except EngineLost as error:
@@ -813,25 +840,28 @@ class VllmSampler:
                 self._error.__cause__ = self._error.__cause__ or error
             self._arrived.notify_all()
 
-    def _wait(self, work: Awaitable[Any], limit: float | None, what: str) -> Any:
-        """Run on the loop and wait here. Raises RunError past the limit, and ends with the sampler's own error."""
+    def _wait(self, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        """Run on the loop and wait here: every wait there has an end of its own. Raises what it raises, or RunError."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        until = math.inf if limit is None else time.monotonic() + limit
         while True:
             try:
                 return future.result(_POLL_S)
             except FutureTimeoutError:
                 if future.done():
                     raise
-                if time.monotonic() > until:
-                    future.cancel()
-                    raise RunError(f"vllm: waited {limit:g} s for {what}") from None
+                self._check_start()
             except CispoError:
                 raise
             except Exception as error:
                 raise RunError(f"vllm: {what} failed: {_first_line(error)}") from error
 
     # ------------------------------------------------------------------------------------------------------- the checks
+
+    def _check_start(self) -> None:
+        """Raises RunError where an engine has been starting for too long. vLLM blocks the loop meanwhile."""
+        limit, since = self.config.start_timeout_s, self._starting
+        if since is not None and time.monotonic() - since > limit:
+            raise RunError(f"vllm: the engine has not started within {limit:g} s (vllm.start_timeout_s)")
 
     def _check_settings(self) -> None:
         config = self.config
@@ -846,6 +876,12 @@ class VllmSampler:
         own = getattr(self._model_config, "max_position_embeddings", None)
         if config.context_length and own and config.context_length > own:
             raise ConfigError(f"vllm.context_length: {config.context_length} is beyond the model's {own}")
+        head_dim = getattr(self._model_config, "head_dim", None)
+        if config.url is None and head_dim is not None and (sizes := _cpu_head_sizes()) and head_dim not in sizes:
+            raise ConfigError(
+                f"async.sampler: vllm without a GPU runs attention heads of {', '.join(map(str, sizes))} dimensions, "
+                f"and {self.model} has {head_dim}; use async.sampler: process"
+            )
         if config.weight_transfer != "file" and not torch.cuda.is_available():
             raise ConfigError(
                 f"vllm.weight_transfer: {config.weight_transfer} needs a GPU on the learner's side; use file"
@@ -950,6 +986,17 @@ def installed_version() -> str:
             f"{SUPPORTED} as docs/vllm.md says; or name a server in vllm.url"
         ) from None
     return vllm.__version__
+
+
+def _cpu_head_sizes() -> list[int]:
+    """The head dimensions of vLLM's attention on CPUs, or none where it is built for something else."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend.get_supported_head_sizes()
 
 
 def check_version(found: str, where: str) -> None:
