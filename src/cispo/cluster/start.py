@@ -69,7 +69,7 @@ class Place:
 def place(config: Config) -> Place:
     """Join or start Ray and reserve everything at once. Raises ConfigError where the resources are not there."""
     cluster = config.cluster
-    ours = cluster.address is None
+    ours = cluster.address is None and not ray.is_initialized()
     if not ray.is_initialized():
         _init(config, ours)
     have = ray.cluster_resources()

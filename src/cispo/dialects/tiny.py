@@ -18,7 +18,8 @@ def tiny(config: c.Config) -> c.Config:
     Changes: the model (the embedded one in float32; LoRA and head_dtype stay), the task (think), at most 32 prompts of
     16 completions of 10 tokens a step, at most 6 steps, a learning rate of at least 1e-4 (a 0.3-million-parameter model
     needs more than a large one), no warm-up longer than a step's updates, and an evaluation on 128 prompts before and
-    after. The algorithm, the anchor, the staleness and, where 32 prompts divide, the updates of a rollout stay.
+    after. The algorithm, the anchor, the staleness and, where 32 prompts divide, the updates of a rollout stay. So does
+    a cluster's topology: Ray on this machine, at most 2 learner ranks (gloo), one local sampler, one reward worker.
     """
     algorithm, rollout = config.algorithm, config.rollout
     prompts = min(rollout.groups_per_step, PROMPTS)
@@ -37,5 +38,16 @@ def tiny(config: c.Config) -> c.Config:
     raw["algorithm"]["updates_per_rollout"] = updates
     raw["optimizer"]["learning_rate"] = max(config.optimizer.learning_rate, 1e-4)
     raw["optimizer"]["warmup_updates"] = min(config.optimizer.warmup_updates, updates)
+    if config.asynchrony.sampler == "vllm":
+        raw["async"]["sampler"] = "process"
+    if config.cluster.kind == "ray":
+        raw["cluster"] |= {
+            "address": None,
+            "learner_ranks": min(config.cluster.learner_ranks, 2),
+            "samplers": 1,
+            "reward_workers": min(config.cluster.reward_workers, 1),
+            **{f"{who}_cpus": 0.5 for who in ("learner", "sampler")},
+            **{f"{who}_gpus": 0.0 for who in ("learner", "sampler")},
+        }
     raw |= {"steps": steps, "eval": {"every": steps, "max_prompts": 128}, "checkpoint": {"every": 0, "keep": 1}}
     return c.validate(raw, source="--tiny")
