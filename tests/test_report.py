@@ -582,6 +582,7 @@ def test_the_live_page_grows_with_the_run(browser, served):
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_open_within_two_seconds_and_fifteen_megabytes(browser, tmp_path):
     folder = write_run(tmp_path / "r", groups=32, size=16, forks=(1, 3, 7, 8))
     first = folder / "rollouts" / "step-000004.jsonl"
