@@ -186,6 +186,20 @@ def test_every_way_to_train_runs_and_writes_finite_numbers(base_folder, tmp_path
         assert records[2]["kl/reference"] >= 0
 
 
+def test_a_teacher_teaches_without_any_reward(base_folder, tmp_path):
+    """On-policy distillation from a model that thinks; every reward is 0, so all gradient is the teacher's."""
+    teacher = cli.train(configs.load(None, ["--run_dir", str(tmp_path / "teacher"), "--eval.every", "0"]))
+    words = ["--algorithm.distillation.teacher", str(checkpoint.latest(teacher) / "model"), "--algorithm.advantage",
+             "group", "--task.type", "jsonl", "--task.path", str(tmp_path / "p.jsonl"), "--eval.every", "0",
+             "--task.rewards", "[{type: exact, column: nothing}]", "--model.path", str(base_folder), "--steps", "4",
+             "--run_dir", str(tmp_path / "run"), "--rollout.groups_per_step", "16"]  # fmt: skip
+    rows = [{"prompt": f"?{n:06d}", "nothing": "never"} for n in range(0, 100000, 997)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = lines(cli.train(configs.load(None, words)))
+    assert all(r["reward/mean"] == 0 for r in records)
+    assert records[-1]["kl/teacher"] < 0.2 * records[0]["kl/teacher"]
+
+
 def test_lora_runs_resume_and_export(base_folder, tmp_path):
     words = ["--model.lora.rank", "4", "--optimizer.learning_rate", "1e-3", "--checkpoint.every", "1"]
     run_dir = train(tmp_path / "run", "--steps", "2", *words)

@@ -171,6 +171,7 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
             tokenizer=tokenizer,
             observer=observer,
             trackers=trackers,
+            teacher=build_teacher(config, path),
         )
         keep = stack.pop_all()
     return trainer, keep.close
@@ -202,6 +203,23 @@ def build_machines(
         reference=reference,
     )
     return learner, build_sampler(config, path, loaded, learner, stack), task
+
+
+def build_teacher(config: Config, path: str | Path) -> Learner | None:
+    """The frozen model of `algorithm.distillation`. Raises ConfigError where its vocabulary is another."""
+    from cispo import model as models
+    from cispo.learner import LocalLearner
+
+    if config.algorithm.distillation is None:
+        return None
+    teacher = config.algorithm.distillation.teacher
+    sizes = [models.load_config(p).get_text_config().vocab_size for p in (path, teacher)]
+    if sizes[0] != sizes[1] or models.load_tokenizer(path).get_vocab() != models.load_tokenizer(teacher).get_vocab():
+        raise ConfigError(
+            f"algorithm.distillation.teacher: {teacher} has another vocabulary than the policy; use one that shares it"
+        )
+    settings = config.model.model_copy(update={"lora": None})
+    return LocalLearner(models.load(settings, teacher, trainable=False), config.learner)
 
 
 def build_sampler(

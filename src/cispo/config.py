@@ -420,6 +420,14 @@ class KLConfig(Section):
         return self
 
 
+class DistillationConfig(Section):
+    """On-policy distillation on top of any advantage: A − coef·(log π − log π_teacher) (miles' OPD)."""
+
+    teacher: str
+    """A model folder or hub id with the same vocabulary."""
+    coef: Positive = 1.0
+
+
 class AlgorithmConfig(Section):
     objective: ObjectiveConfig = CispoObjective()
     anchor: Literal["sampler", "proximal"] = "sampler"
@@ -455,6 +463,7 @@ class AlgorithmConfig(Section):
     epochs_per_rollout: PositiveInt = 1
     """Passes over a rollout; each makes updates_per_rollout updates."""
     kl: KLConfig | None = None
+    distillation: DistillationConfig | None = None
     nonfinite: Literal["raise", "drop"] = "raise"
     """A NaN or infinity at a trained token: stop with its position, or drop the token and count it."""
 

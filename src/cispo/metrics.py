@@ -88,6 +88,7 @@ NAMES: dict[str, str] = {
     "mismatch/gen_kl_error": "KL of the sampler to the trainer by k3 (NeMo RL)",
     "mismatch/policy_kl_error": "KL of the trainer to the sampler by k3 (NeMo RL)",
     "mismatch/js_divergence_error": "Jensen-Shannon divergence by k3 to the mixture (NeMo RL)",
+    "kl/teacher": "mean of log π − log π_teacher over the rollout's trained tokens (algorithm.distillation)",
     "policy/entropy": "mean entropy of the trained tokens' distributions, nats",
     "policy/loss": "mean loss of the step's updates",
     "optim/grad_norm": "mean gradient norm before clipping",

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cispo import advantages, checkpoint, corrections, objectives
-from cispo.batching import make_batch, take_rows, with_columns, with_reduction
+from cispo.batching import make_batch, row_index_T, take_rows, with_columns, with_reduction
 from cispo.config import Config, RolloutConfig
 from cispo.measure import RolloutFiles, Step, Update, reward_metrics, staleness_metrics, token_metrics
 from cispo.metrics import JsonlWriter, Tracker
@@ -94,6 +95,7 @@ class Trainer:
         tokenizer: Any,
         observer: Observer,
         trackers: Sequence[Tracker] = (),
+        teacher: Learner | None = None,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -103,6 +105,7 @@ class Trainer:
         self._rollouts = rollouts
         self._observer = observer
         self._trackers = trackers
+        self._teacher = teacher
         self._objective = objectives.bind(config.algorithm)
         self._files = RolloutFiles(run_dir, tokenizer, config.rollout.write_groups)
         self._interrupted = False
@@ -209,38 +212,52 @@ class Trainer:
             return Step(groups, kept, owners, row_advantages, Batch((), empty.long(), empty, {}))
         trajectories = [groups[i].trajectories[g] for i, g in owners]
         batch = make_batch(trajectories, row_advantages, mask_truncated=rollout.truncated == "mask")
-        columns = {
-            "anchor_logprobs": batch.columns["sampler_logprobs"],
-            "versions": torch.cat([t.versions[1:] for t in trajectories]).float(),
-        }
-        in_reward = algorithm.kl is not None and algorithm.kl.place == "reward"
+        versions = torch.cat([t.versions[1:] for t in trajectories]).float()
+        columns, measured = self._columns(batch, timer)
+        return Step(groups, kept, owners, row_advantages, with_columns(batch, versions=versions, **columns), measured)
+
+    def _columns(self, batch: Batch, timer: Timer) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the objective reads at each position besides the sampler's log-probs, and what was measured of it.
+
+        Log-probs under other policies are computed once per rollout, before its first update. Order as in miles:
+        the correction weighs the loss; a KL in the reward and a teacher change the advantages.
+        """
+        algorithm, temperature = self._config.algorithm, self._config.rollout.temperature
+        sampler_T, advantages_T = batch.columns["sampler_logprobs"], batch.columns["advantages"]
+        columns = {"anchor_logprobs": sampler_T}
         measured: dict[str, float] = {}
+        in_reward = algorithm.kl is not None and algorithm.kl.place == "reward"
+        wanted = in_reward or algorithm.correction is not None or algorithm.distillation is not None
         with timer.measure("forward"):
-            if algorithm.anchor == "proximal" or algorithm.correction is not None or in_reward:
-                proximal = self._learner.forward(batch, temperature=rollout.temperature).logprobs_T
-                columns["proximal_logprobs"] = proximal
-            if algorithm.anchor == "proximal":
-                columns["anchor_logprobs"] = proximal
+            if wanted or algorithm.anchor == "proximal":
+                proximal_T = self._learner.forward(batch, temperature=temperature).logprobs_T
+                columns["proximal_logprobs"] = proximal_T
             if algorithm.kl is not None:
-                reference = self._learner.forward(batch, temperature=rollout.temperature, reference=True)
+                reference = self._learner.forward(batch, temperature=temperature, reference=True)
                 columns["reference_logprobs"] = reference.logprobs_T
+            if algorithm.distillation is not None:
+                teacher_T = self._teacher.forward(batch, temperature=temperature).logprobs_T
+        if algorithm.anchor == "proximal":
+            columns["anchor_logprobs"] = proximal_T
+        mask_T = batch.weights_T != 0
         if algorithm.correction is not None:
-            mask_T = batch.weights_T != 0
-            sampler_T = batch.columns["sampler_logprobs"]
             correction = corrections.compute(
-                algorithm.correction, proximal, sampler_T, mask_T, batch.lengths, nonfinite=algorithm.nonfinite
+                algorithm.correction, proximal_T, sampler_T, mask_T, batch.lengths, nonfinite=algorithm.nonfinite
             )
             columns["correction_weights"] = correction.weights_T
             measured |= {f"correction/{name}": value for name, value in correction.statistics.items()}
-            measured |= {f"mismatch/{k}": v for k, v in corrections.mismatch(proximal, sampler_T, mask_T).items()}
+            measured |= {f"mismatch/{k}": v for k, v in corrections.mismatch(proximal_T, sampler_T, mask_T).items()}
         if in_reward:
-            penalty_T = objectives.reward_penalty(proximal, columns["reference_logprobs"], algorithm.kl)
-            columns["advantages"] = batch.columns["advantages"] - penalty_T
+            advantages_T = advantages_T - objectives.reward_penalty(
+                proximal_T, columns["reference_logprobs"], algorithm.kl
+            )
+        if algorithm.distillation is not None:
+            measured["kl/teacher"] = float((proximal_T - teacher_T)[mask_T].double().mean())
+            advantages_T = advantages.distilled(advantages_T, proximal_T, teacher_T, coef=algorithm.distillation.coef)
+        columns["advantages"] = advantages_T
         if "rows" in self._objective.columns:
-            columns["rows"] = torch.repeat_interleave(
-                torch.arange(len(batch.rows)), torch.tensor(batch.lengths)
-            ).float()
-        return Step(groups, kept, owners, row_advantages, with_columns(batch, **columns), measured)
+            columns["rows"] = row_index_T(batch.lengths).float()
+        return columns, measured
 
     def _train(self, step: Step, timer: Timer) -> list[Update]:
         algorithm = self._config.algorithm
@@ -254,7 +271,7 @@ class Trainer:
                     constant=algorithm.constant or self._config.rollout.max_tokens,
                 )
                 # A row whose advantage is 0 has no gradient: it counts in the weights and costs no compute.
-                every = algorithm.kl is not None or algorithm.entropy_bonus > 0
+                every = algorithm.kl is not None or algorithm.entropy_bonus > 0 or algorithm.distillation is not None
                 trained = [k for k, r in enumerate(rows) if every or step.advantages[r] != 0.0]
                 window = take_rows(window, trained)
                 with timer.measure("train"):

@@ -130,7 +130,10 @@ _IGNORED = {
 _NO_EQUAL = "changes the algorithm and has no equal here"
 _UNSUPPORTED = {
     "ref_update_interval": (None, f"moves the reference model, which {_NO_EQUAL}"),
-    "use_opd": (False, f"distils from a teacher, which {_NO_EQUAL} (the formula is `advantages.distilled`)"),
+    "use_opd": (
+        False,
+        "distils from a teacher that it serves elsewhere; here name it: --algorithm.distillation.teacher MODEL",
+    ),
     "reset_optimizer_states": (False, f"forgets the optimizer's moments, which {_NO_EQUAL}"),
     "use_routing_replay": (False, f"replays MoE routing, which {_NO_EQUAL}"),
     "use_rollout_routing_replay": (False, f"replays MoE routing, which {_NO_EQUAL}"),
