@@ -30,27 +30,19 @@ class Sharing:
     seat at the least occupied prefix, and its `length_B` of 0 masks what it sees there.
     """
 
-    def __init__(
-        self, group_B: np.ndarray, lengths_N: np.ndarray, device: torch.device
-    ):
+    def __init__(self, group_B: np.ndarray, lengths_N: np.ndarray, device: torch.device):
         self.N, self.columns, self.device = len(lengths_N), int(lengths_N.max()), device
         own_B = group_B < 0
-        self.length_B = torch.from_numpy(np.where(own_B, 0, lengths_N[group_B])).to(
-            device
-        )
+        self.length_B = torch.from_numpy(np.where(own_B, 0, lengths_N[group_B])).to(device)
         counts_N = np.bincount(group_B[~own_B], minlength=self.N)
         if own_B.any():
             seats = max(int(counts_N.max()), -(-len(group_B) // self.N))
             group_B = group_B.copy()
-            group_B[own_B] = np.repeat(np.arange(self.N), seats - counts_N)[
-                : own_B.sum()
-            ]
+            group_B[own_B] = np.repeat(np.arange(self.N), seats - counts_N)[: own_B.sum()]
             counts_N = np.bincount(group_B, minlength=self.N)
         rank_B = np.empty_like(group_B)
         order_B = np.argsort(group_B, kind="stable")
-        rank_B[order_B] = (
-            np.arange(len(group_B)) - (counts_N.cumsum() - counts_N)[group_B[order_B]]
-        )
+        rank_B[order_B] = np.arange(len(group_B)) - (counts_N.cumsum() - counts_N)[group_B[order_B]]
         self.G = int(counts_N.max())
         self._group_B, self._rank_B = group_B, rank_B
         self._lanes: dict[int, Tensor] = {}
@@ -81,72 +73,53 @@ class Plan(Protocol):
 
     past: int  # tokens that the model is told to be in the cache already
 
-    def place(
-        self, layer: SlotLayer, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write them down, and return those to attend over."""
 
 
 class Prefill:
-    """Whole sequences from their first token. Prefix `prefixes[i]` receives sequence `of_prefixes[i]`, and the slot
-    `rows[i]` receives sequence `of_rows[i]` (int64; either pair may be empty)."""
+    """Whole sequences from their first token. The prefixes at `prefixes` receive the sequences `of_prefixes`, and the
+    slots at `rows` the sequences `of_rows` (int64; either pair may be empty; a slice writes faster than indices)."""
 
     past = 0
 
-    def __init__(
-        self, prefixes: Tensor, of_prefixes: Tensor, rows: Tensor, of_rows: Tensor
-    ):
-        self.prefixes, self.of_prefixes, self.rows, self.of_rows = (
-            prefixes,
-            of_prefixes,
-            rows,
-            of_rows,
-        )
+    def __init__(self, prefixes: slice | Tensor, of_prefixes: Tensor, rows: slice | Tensor, of_rows: Tensor):
+        self.prefixes, self.of_prefixes, self.rows, self.of_rows = (prefixes, of_prefixes, rows, of_rows)
 
-    def place(
-        self, layer: SlotLayer, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         for prefix_store, store, new in (
             (layer.prefix_keys, layer.keys, keys),
             (layer.prefix_values, layer.values, values),
         ):
             for to, slots, of in ((prefix_store, self.prefixes, self.of_prefixes), (store, self.rows, self.of_rows)):
-                if len(slots):
+                if len(of):
                     S = min(new.shape[2], to.shape[2])  # a store may be narrower than the padding beside its sequences
                     to[slots, :, :S] = new[of, :, :S]
         return keys, values
 
 
 class Decode:
-    """One token for each of the first B slots, written at column `column_B` < `columns` of its slot."""
+    """One token for each of the first B slots, written at column `column_B` < `columns` of its slot. even: all of them
+    at the last of these columns."""
 
-    def __init__(self, sharing: Sharing | None, column_B: Tensor, columns: int):
-        self.sharing, self.column_B, self.columns = sharing, column_B, columns
+    def __init__(self, sharing: Sharing | None, column_B: Tensor, columns: int, *, even: bool = False):
+        self.sharing, self.column_B, self.columns, self.even = sharing, column_B, columns, even
         self.past = columns - 1 + (sharing.columns if sharing else 0)
         self._flat: dict[int, Tensor] = {}
 
-    def place(
-        self, layer: SlotLayer, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         B, H, _, _ = keys.shape
-        if H not in self._flat:
+        if H not in self._flat and not self.even:
             lanes_BH = torch.arange(B * H, device=keys.device).view(B, H)
-            self._flat[H] = (
-                lanes_BH * layer.keys.shape[2] + self.column_B[:, None]
-            ).flatten()
+            self._flat[H] = (lanes_BH * layer.keys.shape[2] + self.column_B[:, None]).flatten()
         for store, new in ((layer.keys, keys), (layer.values, values)):
-            store.view(-1, store.shape[3]).index_copy_(
-                0, self._flat[H], new.reshape(B * H, -1)
-            )
-        keys, values = (
-            layer.keys[:B, :, : self.columns],
-            layer.values[:B, :, : self.columns],
-        )
+            if self.even:
+                store[:B, :, self.columns - 1 : self.columns] = new
+            else:
+                store.view(-1, store.shape[3]).index_copy_(0, self._flat[H], new.reshape(B * H, -1))
+        keys, values = (layer.keys[:B, :, : self.columns], layer.values[:B, :, : self.columns])
         if self.sharing:
-            keys.slot_layer, keys.slot_sharing = (
-                layer,
-                self.sharing,
-            )  # `shared_attention` is handed these keys
+            keys.slot_layer, keys.slot_sharing = (layer, self.sharing)  # `shared_attention` is handed these keys
         return keys, values
 
 
@@ -156,9 +129,7 @@ class Extend:
     def __init__(self, sharing: Sharing, rows: Tensor):
         self.sharing, self.rows, self.past = sharing, rows, sharing.columns
 
-    def place(
-        self, layer: SlotLayer, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         layer.keys[self.rows, :, : keys.shape[2]] = keys
         layer.values[self.rows, :, : keys.shape[2]] = values
         keys.slot_layer, keys.slot_sharing = layer, self.sharing
@@ -191,25 +162,18 @@ def shared_attention(
     M = queries // H * S
     query = query.reshape(B, H, M, D)
     prefix_keys, prefix_values = (
-        x[: sharing.N, :, :Lp].flatten(0, 1)
-        for x in (layer.prefix_keys, layer.prefix_values)
+        x[: sharing.N, :, :Lp].flatten(0, 1) for x in (layer.prefix_keys, layer.prefix_values)
     )
     scores = query.new_empty(B * H, M, L)
-    scores[:, :, :Lp] = sharing.scatter(
-        torch.bmm(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M
-    )
-    scores[:, :, Lp:] = torch.bmm(
-        query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2)
-    )
+    scores[:, :, :Lp] = sharing.scatter(torch.bmm(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M)
+    scores[:, :, Lp:] = torch.bmm(query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2))
     scores = scores.mul_(D**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores.view(B, queries, S, L).add_(attention_mask)
     probs = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     out = torch.bmm(probs[:, :, Lp:], value.flatten(0, 1))
-    of_prefix = torch.bmm(
-        sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values
-    )
+    of_prefix = torch.bmm(sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values)
     out += sharing.scatter(of_prefix, H, M)
     return out.view(B, queries, S, -1).transpose(1, 2).contiguous(), None
 
@@ -231,11 +195,7 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def stores(self) -> tuple[Tensor, ...]:
-        return (
-            (self.prefix_keys, self.prefix_values, self.keys, self.values)
-            if self.is_initialized
-            else ()
-        )
+        return (self.prefix_keys, self.prefix_values, self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked column still meets its weight 0 in a product, and 0 · NaN is NaN.
@@ -245,9 +205,7 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, x.new_zeros(R, x.shape[1], C, x.shape[3]))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.cache.plan.place(self, key_states, value_states)
@@ -271,23 +229,13 @@ class SlotCache(Cache):
         self.prefix_sides = self.row_sides = (0, 0)
         self.plan: Plan | None = None
 
-    def reshape(
-        self,
-        prefix_sides: tuple[int, int],
-        row_sides: tuple[int, int],
-        prefixes: int,
-        rows: int,
-    ) -> None:
+    def reshape(self, prefix_sides: tuple[int, int], row_sides: tuple[int, int], prefixes: int, rows: int) -> None:
         """Give the stores other sides, keeping the first `prefixes` and `rows` slots as far as they fit."""
         for layer in self.layers:
             if layer.is_initialized:
                 if prefix_sides != self.prefix_sides:
-                    layer.prefix_keys = resized(
-                        layer.prefix_keys, *prefix_sides, prefixes, dim=2
-                    )
-                    layer.prefix_values = resized(
-                        layer.prefix_values, *prefix_sides, prefixes, dim=2
-                    )
+                    layer.prefix_keys = resized(layer.prefix_keys, *prefix_sides, prefixes, dim=2)
+                    layer.prefix_values = resized(layer.prefix_values, *prefix_sides, prefixes, dim=2)
                 if row_sides != self.row_sides:
                     layer.keys = resized(layer.keys, *row_sides, rows, dim=2)
                     layer.values = resized(layer.values, *row_sides, rows, dim=2)
@@ -312,11 +260,7 @@ class SlotCache(Cache):
 
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token, over the layers written so far."""
-        return sum(
-            x.shape[1] * x.shape[3] * x.element_size()
-            for layer in self.layers
-            for x in layer.stores[2:]
-        )
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for layer in self.layers for x in layer.stores[2:])
 
 
 def resized(x: Tensor, slots: int, columns: int, keep: int, dim: int) -> Tensor:

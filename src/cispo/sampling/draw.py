@@ -7,6 +7,7 @@ and logit biases, which would make the sampled policy another one than the train
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,12 @@ def row_seed(seed: int, sample: int) -> int:
     """The stream of one sample of one request, as an int64. Any integer is a seed; it is reduced mod 2**64."""
     stream = _mix_int((seed + _GOLDEN) & _MASK64)
     return _signed(_mix_int((stream + (sample + 1) * _GOLDEN) & _MASK64))
+
+
+def row_seeds(seeds: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """`row_seed` of many rows: int64 [B]."""
+    streams_B = torch.tensor([_signed((seed + _GOLDEN) & _MASK64) for seed in seeds], dtype=torch.int64)
+    return _mix(_mix(streams_B) + (torch.tensor(samples, dtype=torch.int64) + 1) * _signed(_GOLDEN))
 
 
 def uniforms(seeds_B: Tensor, counters_B: Tensor) -> Tensor:

@@ -41,14 +41,7 @@ from cispo.sampling.slots import (
     Row,
     Slots,
 )
-from cispo.types import (
-    Completion,
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    SampleRequest,
-    SampleResult,
-)
+from cispo.types import Completion, ConfigError, DataError, NonFiniteError, SampleRequest, SampleResult
 
 logger = logging.getLogger(__name__)
 
@@ -128,39 +121,21 @@ class LocalSampler:
         self.version = version
         self.tokenizer = tokenizer
         self.share_weights = share_weights
-        self.max_batch_rows, self.max_prefill_tokens = (
-            max_batch_rows,
-            max_prefill_tokens,
-        )
-        self.share_prompts_from, self.steps_per_poll = (
-            share_prompts_from,
-            steps_per_poll,
-        )
+        self.max_batch_rows, self.max_prefill_tokens = (max_batch_rows, max_prefill_tokens)
+        self.share_prompts_from, self.steps_per_poll = (share_prompts_from, steps_per_poll)
         self.recompute_kv_on_update = recompute_kv_on_update
         self.model = model if share_weights else _own_copy(model)
         self.config = _decoder_config(self.model)
-        self.context_length: int | None = getattr(
-            self.config, "max_position_embeddings", None
-        )
+        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        self.eos_token_ids = (
-            _eos_ids(self.model, tokenizer)
-            if eos_token_ids is None
-            else tuple(eos_token_ids)
-        )
+        self.eos_token_ids = _eos_ids(self.model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._device = self.model.get_input_embeddings().weight.device
         self._dtype = self.model.dtype
         self._kinds = _attention_kinds(self.config)
         self._window = getattr(self.config, "sliding_window", None)
         self._chunk = getattr(self.config, "attention_chunk_size", None)
-        self._filler = (
-            1
-            if getattr(self.config, "pad_token_id", None) == 0 and self.vocab_size > 1
-            else 0
-        )
-        self._head_by_row = (
-            "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
-        )
+        self._filler = 1 if getattr(self.config, "pad_token_id", None) == 0 and self.vocab_size > 1 else 0
+        self._head_by_row = "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
         self._seeds = random.Random(seed)
         self._slots = Slots(self.config.num_hidden_layers, self._device)
         self._waiting: deque[_Entry] = deque()
@@ -169,17 +144,13 @@ class LocalSampler:
         self._broken: list[int] = []
         self._admitted = 0
         self._stale = False
-        self._how: dict | None = (
-            None  # how the rows in flight are drawn; None: ask again
-        )
+        self._how: dict | None = None  # how the rows in flight are drawn; None: ask again
         self._token_text: dict[int, str] = {}
         self._shared = self.config._attn_implementation in ("sdpa", "eager")
         self._token_bytes = _token_bytes(self.config, self._dtype)
         if check_model:
             self._check_model()
-        self.max_kv_tokens = max_kv_tokens or max(
-            1, _DEFAULT_KV_BYTES // self._token_bytes
-        )
+        self.max_kv_tokens = max_kv_tokens or max(1, _DEFAULT_KV_BYTES // self._token_bytes)
 
     # --------------------------------------------------------------------------------------------------- the protocol
 
@@ -196,18 +167,12 @@ class LocalSampler:
         """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work."""
         self._check_request(request)
         params = request.params
-        stops = (
-            self.eos_token_ids
-            if params.stop_token_ids is None
-            else tuple(params.stop_token_ids)
-        )
+        stops = self.eos_token_ids if params.stop_token_ids is None else tuple(params.stop_token_ids)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         G = request.num_samples
         job = Job(request, seed, stops, [None] * G, G)
         self._jobs[request.request_id] = job
-        self._waiting.append(
-            _Entry(tuple(request.prompt), [Row(job, sample) for sample in range(G)])
-        )
+        self._waiting.append(_Entry(tuple(request.prompt), [Row(job, sample) for sample in range(G)]))
 
     def poll(self, *, wait: bool = True) -> list[SampleResult]:
         """Advance by up to `steps_per_poll` decode steps, and return the requests that finished.
@@ -248,29 +213,19 @@ class LocalSampler:
 
     def cancel(self, request_id: int) -> None:
         """Drop a request and all its samples. One that is unknown, or was returned already, is no error."""
-        self._done = [
-            result for result in self._done if result.request_id != request_id
-        ]
+        self._done = [result for result in self._done if result.request_id != request_id]
         job = self._jobs.pop(request_id, None)
         if job is None:
             return
         for entry in self._waiting:
             if entry.rows[0].job is job:
                 entry.forget()
-        self._waiting = deque(
-            entry for entry in self._waiting if entry.rows[0].job is not job
-        )
-        slots = [
-            slot
-            for slot in range(self._slots.n)
-            if self._slots.live[slot] and self._slots.rows[slot].job is job
-        ]
+        self._waiting = deque(entry for entry in self._waiting if entry.rows[0].job is not job)
+        slots = [slot for slot in range(self._slots.n) if self._slots.live[slot] and self._slots.rows[slot].job is job]
         if slots:
             self._slots.drop(np.array(slots))
 
-    def update_weights(
-        self, weights: Mapping[str, Tensor] | None, version: int
-    ) -> None:
+    def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
         """New policy from here on, rows in flight included.
 
         weights: by their names in `model.state_dict()`, or None when they are shared and have changed in place. All
@@ -295,9 +250,7 @@ class LocalSampler:
         slots = self._slots
         for slot in np.flatnonzero(slots.live[: slots.n]):
             row = slots.rows[slot]
-            row.spans.append(
-                (len(row.tokens) + int(slots.used[slot] - slots.start[slot]), version)
-            )
+            row.spans.append((len(row.tokens) + int(slots.used[slot] - slots.start[slot]), version))
         for entry in self._waiting:
             entry.forget()
 
@@ -315,19 +268,15 @@ class LocalSampler:
         self._stale = False
         self._admit()
         slots = self._slots
-        if (
-            16 * slots.dead >= slots.n
-        ):  # a moved row costs about what a dead one costs in every step
+        if 16 * slots.dead >= slots.n:  # a moved row costs about what a dead one costs in every step
             self._compact()
         if slots.n == 0:
             return
         self._make_room()
         B, L = slots.n, int(slots.used[: slots.n].max())
-        column_B, position_B1 = (
-            slots.ints[:B, COLUMN].clone(),
-            slots.ints[:B, POSITION, None].clone(),
-        )
-        slots.cache.plan = Decode(slots.sharing, column_B, L)
+        column_B, position_B1 = (slots.ints[:B, COLUMN].clone(), slots.ints[:B, POSITION, None].clone())
+        even = bool((slots.used[:B] == L).all())
+        slots.cache.plan = Decode(slots.sharing, column_B, L, even=even)
         mask = self._mask(slots.sharing, position_B1, L)
         logits_BV = self._forward(slots.ints[:B, CUR, None], position_B1, mask)[:, -1]
         self._draw(slice(0, B), logits_BV)
@@ -341,27 +290,21 @@ class LocalSampler:
             how = self._drawing(new)
             if new == slice(0, slots.n):
                 self._how = how
-        tokens_B, logprobs_B = draw(
-            logits_BV, uniforms(ints[:, SEED], ints[:, COUNT]), **how
-        )
+        tokens_B, logprobs_B = draw(logits_BV, uniforms(ints[:, SEED], ints[:, COUNT]), **how)
         ints[:, COLUMN : COUNT + 1] += 1
         ints[:, CUR] = tokens_B
         at_B1 = ints[:, COLUMN, None]
         slots.ids[new].scatter_(1, at_B1, tokens_B[:, None])
         slots.logprobs[new].scatter_(1, at_B1, logprobs_B[:, None])
         stopped_B = (slots.stops[new] == tokens_B[:, None]).any(1)
-        status_B = torch.where(
-            logprobs_B.isfinite(), stopped_B.to(torch.int8) * _STOPPED, _BROKEN
-        )
+        status_B = torch.where(logprobs_B.isfinite(), stopped_B.to(torch.int8) * _STOPPED, _BROKEN)
         status = status_B.cpu().numpy()  # the step's one question to the device
         slots.used[new] += 1
         if slots.watched[new].any():
             for i in np.flatnonzero(slots.watched[new] & (status == 0)):
                 if self._string_ends(new.start + int(i)):
                     status[i] = _STOPPED
-        ended = np.flatnonzero(
-            slots.live[new] & ((status > 0) | (slots.used[new] >= slots.limit[new]))
-        )
+        ended = np.flatnonzero(slots.live[new] & ((status > 0) | (slots.used[new] >= slots.limit[new])))
         if len(ended):
             self._finish(new.start + ended, status[ended])
 
@@ -372,20 +315,14 @@ class LocalSampler:
         temperatures = np.where(greedy, 1.0, params[:, TEMPERATURE])
         how: dict = {"temperature": float(temperatures[0])}
         if (temperatures != temperatures[0]).any():
-            how["temperature"] = (
-                torch.from_numpy(temperatures).to(torch.float32).to(self._device)
-            )
+            how["temperature"] = torch.from_numpy(temperatures).to(torch.float32).to(self._device)
         if greedy.any():
             how["greedy_B"] = torch.from_numpy(greedy).to(self._device)
-        truncated = (
-            (params[:, TOP_K] > 0) | (params[:, TOP_P] < 1) | (params[:, MIN_P] > 0)
-        )
+        truncated = (params[:, TOP_K] > 0) | (params[:, TOP_P] < 1) | (params[:, MIN_P] > 0)
         rows = np.flatnonzero(truncated & ~greedy)
         if len(rows):
             top_k, top_p, min_p = params[rows][:, [TOP_K, TOP_P, MIN_P]].T
-            how["filters"] = Filters.of(
-                rows, top_k.astype(np.int64), top_p, min_p, self._device
-            )
+            how["filters"] = Filters.of(rows, top_k.astype(np.int64), top_p, min_p, self._device)
         return how
 
     def _finish(self, ended: np.ndarray, status: np.ndarray) -> None:
@@ -413,9 +350,7 @@ class LocalSampler:
                 del self._jobs[request_id]
         if (status == _BROKEN).any():
             prefixes = slots.group[ended]
-            slots.cache.wipe(
-                at, torch.from_numpy(prefixes[prefixes >= 0]).to(self._device)
-            )
+            slots.cache.wipe(at, torch.from_numpy(prefixes[prefixes >= 0]).to(self._device))
         slots.drop(ended)
 
     def _raise_if_broken(self) -> None:
@@ -439,11 +374,7 @@ class LocalSampler:
             text = self._token_text[written[-1]] = self._decode(written[-1:])
         # A string can only end here when its last character is in the newest token's text. Bytes of an unfinished
         # character, and blanks that a tokenizer strips from a lone token, are no evidence: decode then.
-        if (
-            text
-            and "\ufffd" not in text
-            and not any(stop[-1] in text or stop[-1].isspace() for stop in stops)
-        ):
+        if text and "\ufffd" not in text and not any(stop[-1] in text or stop[-1].isspace() for stop in stops):
             return False
         longest = max(map(len, stops))
         size = longest + 8
@@ -454,9 +385,7 @@ class LocalSampler:
             size *= 2
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # --------------------------------------------------------------------------------------------- admission and room
 
@@ -478,9 +407,7 @@ class LocalSampler:
                 need = self._need()
                 continue
             # Slots free up one by one: with less than an eighth of them free, a pass over prompts would serve few rows.
-            if free < 1 or (
-                slots.n and not chosen and free < min(waiting, (slots.n + free) // 8)
-            ):
+            if free < 1 or (slots.n and not chosen and free < min(waiting, (slots.n + free) // 8)):
                 break
             taken, entry.rows = entry.rows[:free], entry.rows[free:]
             entry.shared = shared
@@ -508,24 +435,15 @@ class LocalSampler:
         elif not self._shared:
             ways = [(False, room)]
         elif len(entry.rows) > 1 and len(entry.tokens) >= self.share_prompts_from:
-            ways = [
-                (True, room),
-                (True, _SHARE),
-            ]  # where copies of the prefix do not fit, one may
+            ways = [(True, room), (True, _SHARE)]  # where copies of the prefix do not fit, one may
         else:
             ways = [(False, room), (True, room), (True, _SHARE)]
         best: tuple[_Need, int, bool] | None = None
         for shared, most in ways:
             more = need.plus(entry, shared, most)
-            fitting = (
-                self.max_kv_tokens - more.prefix_tokens
-            ) // more.columns - need.rows
+            fitting = (self.max_kv_tokens - more.prefix_tokens) // more.columns - need.rows
             free = min(fitting, most)
-            if (
-                best is None
-                or free > best[1]
-                or (shared and not best[2] and free >= best[1])
-            ):
+            if best is None or free > best[1] or (shared and not best[2] and free >= best[1]):
                 best = more, free, shared
             if free >= len(entry.rows):
                 break
@@ -540,9 +458,7 @@ class LocalSampler:
             used=int(used.max(initial=0)),
             limit=int(limit[slots.live[: slots.n]].max(initial=0)),
             prefixes=len(slots.prefixes),
-            prefix_columns=max(
-                (len(prefix.tokens) for prefix in slots.prefixes), default=0
-            ),
+            prefix_columns=max((len(prefix.tokens) for prefix in slots.prefixes), default=0),
         )
 
     def _prefill(self, chosen: list[tuple[_Entry, list[Row]]]) -> None:
@@ -556,48 +472,39 @@ class LocalSampler:
             places: list[int] = []  # of each row's prefix
             source: list[int] = []  # of each row's sequence
             first, of_prefixes = len(slots.prefixes), []
-            for i, tokens in enumerate(batch):
-                for entry, its_rows in rows_of[tokens]:
-                    if entry.shared:
-                        copies = -(-len(its_rows) // _SHARE)
-                        places.extend(
-                            len(slots.prefixes) + j % copies
-                            for j in range(len(its_rows))
-                        )
-                        new = [
-                            Prefix(tokens, held=bool(entry.rows)) for _ in range(copies)
-                        ]
-                        slots.prefixes.extend(new)
-                        of_prefixes.extend([i] * copies)
-                        entry.prefixes = new if entry.rows else []
-                    else:
-                        places.extend([-1] * len(its_rows))
-                    rows.extend(its_rows)
-                    source.extend([i] * len(its_rows))
+            pairs = [(i, *pair) for i, tokens in enumerate(batch) for pair in rows_of[tokens]]
+            for i, entry, its_rows in sorted(pairs, key=lambda pair: not pair[1].shared):
+                if entry.shared:
+                    copies = -(-len(its_rows) // _SHARE)
+                    places.extend(len(slots.prefixes) + j % copies for j in range(len(its_rows)))
+                    new = [Prefix(entry.tokens, held=bool(entry.rows)) for _ in range(copies)]
+                    slots.prefixes.extend(new)
+                    of_prefixes.extend([i] * copies)
+                    entry.prefixes = new if entry.rows else []
+                else:
+                    places.extend([-1] * len(its_rows))
+                rows.extend(its_rows)
+                source.extend([i] * len(its_rows))
             lengths_N = self._tensor([len(tokens) for tokens in batch])
             ids_NS = torch.from_numpy(_padded(batch, self._filler)).to(self._device)
-            own = [i for i, place in enumerate(places) if place < 0]
+            own = places.index(-1) if -1 in places else len(places)  # from here on, rows have their sequence themselves
             slots.cache.plan = Prefill(
-                self._tensor(range(first, len(slots.prefixes))),
+                slice(first, len(slots.prefixes)),
                 self._tensor(of_prefixes),
-                self._tensor([slots.n + i for i in own]),
-                self._tensor([source[i] for i in own]),
+                slice(slots.n + own, slots.n + len(rows)),
+                self._tensor(source[own:]),
             )
             logits_NV = self._forward_whole(ids_NS, lengths_N)
-            for i, tokens in enumerate(batch):
-                for entry, _ in rows_of[tokens]:
-                    if entry.prefixes:
-                        entry.logits_V = logits_NV[i].clone()
+            for i, entry, _ in pairs:
+                if entry.prefixes:
+                    entry.logits_V = logits_NV[i].clone()
             for row, i in zip(rows, source, strict=True):
                 row.sequence = batch[i]
             self._draw_first(rows, places, logits_NV[self._tensor(source)])
 
     def _join(self, entry: _Entry, rows: list[Row]) -> None:
         """Let rows continue a prefix that their siblings brought in, spread over its copies."""
-        load = [
-            (prefix.rows, self._slots.prefixes.index(prefix))
-            for prefix in entry.prefixes
-        ]
+        load = [(prefix.rows, self._slots.prefixes.index(prefix)) for prefix in entry.prefixes]
         heapq.heapify(load)
         places = []
         for row in rows:
@@ -610,9 +517,7 @@ class LocalSampler:
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64).to(self._device)
 
-    def _draw_first(
-        self, rows: list[Row], places: list[int], logits_BV: Tensor
-    ) -> None:
+    def _draw_first(self, rows: list[Row], places: list[int], logits_BV: Tensor) -> None:
         for row in rows:
             self._admitted += 1
             row.order = self._admitted
@@ -627,54 +532,31 @@ class LocalSampler:
         slots = self._slots
         nothing = self._tensor([])
         prefixes = [prefix.tokens for prefix in slots.prefixes]
-        for batch in self._by_length(
-            range(len(prefixes)), key=lambda place: len(prefixes[place])
-        ):
-            self._refill(
-                [prefixes[place] for place in batch], self._tensor(batch), nothing
-            )
+        for batch in self._by_length(range(len(prefixes)), key=lambda place: len(prefixes[place])):
+            self._refill([prefixes[place] for place in batch], self._tensor(batch), nothing)
         # The newest token of a row has no keys and values yet.
         own = [slot for slot in range(slots.n) if slots.group[slot] < 0]
         for batch in self._by_length(own, key=lambda slot: int(slots.used[slot])):
             sequences = [
-                slots.rows[slot].sequence
-                + tuple(
-                    slots.ids[slot, slots.start[slot] : slots.used[slot] - 1].tolist()
-                )
+                slots.rows[slot].sequence + tuple(slots.ids[slot, slots.start[slot] : slots.used[slot] - 1].tolist())
                 for slot in batch
             ]
             self._refill(sequences, nothing, self._tensor(batch))
         lengths = np.array([len(tokens) for tokens in prefixes])
         drawn = slots.used[: slots.n] - 1
-        written = [
-            slot
-            for slot in range(slots.n)
-            if slots.group[slot] >= 0 and drawn[slot] > 0
-        ]
+        written = [slot for slot in range(slots.n) if slots.group[slot] >= 0 and drawn[slot] > 0]
         for batch in self._by_length(written, key=lambda slot: int(drawn[slot])):
             S = int(drawn[batch].max())
             sharing = Sharing(slots.group[batch], lengths, self._device)
             slots.cache.plan = Extend(sharing, self._tensor(batch))
-            position_BS = sharing.length_B[:, None] + torch.arange(
-                S, device=self._device
-            )
-            position_BS = position_BS.clamp(
-                max=(self.context_length or 1 << 62) - 1
-            )  # of the padding
-            self._forward(
-                slots.ids[self._tensor(batch), :S],
-                position_BS,
-                self._mask(sharing, position_BS, S),
-            )
+            position_BS = sharing.length_B[:, None] + torch.arange(S, device=self._device)
+            position_BS = position_BS.clamp(max=(self.context_length or 1 << 62) - 1)  # of the padding
+            self._forward(slots.ids[self._tensor(batch), :S], position_BS, self._mask(sharing, position_BS, S))
 
-    def _refill(
-        self, sequences: list[tuple[int, ...]], prefixes: Tensor, rows: Tensor
-    ) -> None:
+    def _refill(self, sequences: list[tuple[int, ...]], prefixes: Tensor, rows: Tensor) -> None:
         """Write these sequences' keys and values to these prefixes, or to these slots."""
         every = torch.arange(len(sequences), device=self._device)
-        self._slots.cache.plan = Prefill(
-            prefixes, every[: len(prefixes)], rows, every[: len(rows)]
-        )
+        self._slots.cache.plan = Prefill(prefixes, every[: len(prefixes)], rows, every[: len(rows)])
         ids_NS = torch.from_numpy(_padded(sequences, self._filler)).to(self._device)
         self._forward_whole(ids_NS, self._tensor([len(tokens) for tokens in sequences]))
 
@@ -715,9 +597,7 @@ class LocalSampler:
             prefix = slots.rows[slot].prefix
             if prefix is not None:
                 seen.add(id(prefix))
-                need = replace(
-                    need, prefix_columns=max(need.prefix_columns, len(prefix.tokens))
-                )
+                need = replace(need, prefix_columns=max(need.prefix_columns, len(prefix.tokens)))
             need = replace(need, rows=need.rows + 1, prefixes=len(seen))
             if keep and need.tokens > self.max_kv_tokens:
                 break
@@ -744,12 +624,7 @@ class LocalSampler:
         """Stores that hold at least `need`, grown by doubling in slots, and kept while the budget allows."""
         slots = self._slots
         (N, P), (R, C) = slots.cache.prefix_sides, slots.cache.row_sides
-        if (
-            need.prefixes <= N
-            and need.prefix_columns <= P
-            and need.rows <= R
-            and need.used <= C
-        ):
+        if need.prefixes <= N and need.prefix_columns <= P and need.rows <= R and need.used <= C:
             return
         R = R if need.rows <= R else max(need.rows, min(2 * R, self.max_batch_rows))
         N = N if need.prefixes <= N else max(need.prefixes, min(2 * N, R))
@@ -757,17 +632,12 @@ class LocalSampler:
         if sum(a * b for a, b in grown) > self.max_kv_tokens:
             spare = self.max_kv_tokens - need.prefix_tokens
             columns = min(need.columns, spare // max(1, need.rows))
-            grown = (
-                (need.prefixes, need.prefix_columns),
-                (need.rows, max(need.used, columns)),
-            )
+            grown = ((need.prefixes, need.prefix_columns), (need.rows, max(need.used, columns)))
         slots.reshape(*grown)
 
     # ------------------------------------------------------------------------------------------------- forward passes
 
-    def _forward(
-        self, ids_BS: Tensor, positions_BS: Tensor, mask: Tensor | dict | None, **kwargs
-    ) -> Tensor:
+    def _forward(self, ids_BS: Tensor, positions_BS: Tensor, mask: Tensor | dict | None, **kwargs) -> Tensor:
         attention = self.config._attn_implementation
         if mask is not None and self._slots.cache.plan.sharing is not None:
             self.config._attn_implementation = SHARED_ATTENTION
@@ -799,13 +669,9 @@ class LocalSampler:
                 return logits[:, 0]
             self._head_by_row = False  # an older or foreign model, that keeps the same positions of every row
         logits_NSV = self._forward(ids_NS, positions_NS, None)
-        return logits_NSV.gather(
-            1, last_N1[:, :, None].expand(-1, -1, logits_NSV.shape[-1])
-        )[:, 0]
+        return logits_NSV.gather(1, last_N1[:, :, None].expand(-1, -1, logits_NSV.shape[-1]))[:, 0]
 
-    def _mask(
-        self, sharing: Sharing | None, position_BS: Tensor, columns: int
-    ) -> Tensor | dict[str, Tensor]:
+    def _mask(self, sharing: Sharing | None, position_BS: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
         """What the tokens at these positions may attend to, among the columns of their prefix, if any, and then
         `columns` of their slot: additive [B, 1, S, L], by kind of layer where the model has several."""
         key_BL = torch.arange(columns, device=self._device).expand(len(position_BS), -1)
@@ -822,12 +688,8 @@ class LocalSampler:
             if kind == "sliding_attention":
                 hidden_BSL |= behind_BSL >= self._window
             elif kind == "chunked_attention":
-                hidden_BSL |= (key_BL // self._chunk)[:, None, :] != (
-                    position_BS // self._chunk
-                )[:, :, None]
-            mask_BSL = torch.zeros(
-                hidden_BSL.shape, dtype=self._dtype, device=self._device
-            )
+                hidden_BSL |= (key_BL // self._chunk)[:, None, :] != (position_BS // self._chunk)[:, :, None]
+            mask_BSL = torch.zeros(hidden_BSL.shape, dtype=self._dtype, device=self._device)
             masks[kind] = mask_BSL.masked_fill_(hidden_BSL, -math.inf)[:, None]
         return masks if len(masks) > 1 else masks[self._kinds[0]]
 
@@ -856,20 +718,12 @@ class LocalSampler:
     def _check_request(self, request: SampleRequest) -> None:
         what, params = f"request {request.request_id}", request.params
         prompt, vocab = request.prompt, self.vocab_size
-        if request.request_id in self._jobs or any(
-            done.request_id == request.request_id for done in self._done
-        ):
-            raise DataError(
-                f"{what}: this request_id is still pending; take another, or cancel the first"
-            )
+        if request.request_id in self._jobs or any(done.request_id == request.request_id for done in self._done):
+            raise DataError(f"{what}: this request_id is still pending; take another, or cancel the first")
         if request.num_samples < 1:
-            raise ConfigError(
-                f"{what}: num_samples is {request.num_samples}, but must be at least 1"
-            )
+            raise ConfigError(f"{what}: num_samples is {request.num_samples}, but must be at least 1")
         if not prompt:
-            raise DataError(
-                f"{what}: the prompt is empty, so there is nothing to continue; begin it with a BOS token"
-            )
+            raise DataError(f"{what}: the prompt is empty, so there is nothing to continue; begin it with a BOS token")
         if min(prompt) < 0 or max(prompt) >= vocab:
             bad = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab)
             raise DataError(
@@ -877,34 +731,17 @@ class LocalSampler:
             )
         for name, value, good, must in (
             ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                params.temperature,
-                0 <= params.temperature < math.inf,
-                "finite and at least 0 (greedy)",
-            ),
+            ("temperature", params.temperature, 0 <= params.temperature < math.inf, "finite and at least 0 (greedy)"),
             ("top_k", params.top_k, params.top_k >= 0, "at least 0 (all tokens)"),
             ("top_p", params.top_p, 0 < params.top_p <= 1, "in (0, 1]"),
             ("min_p", params.min_p, 0 <= params.min_p <= 1, "in [0, 1]"),
-            (
-                "stop_token_ids",
-                params.stop_token_ids,
-                min(params.stop_token_ids or (0,)) >= 0,
-                "token ids",
-            ),
-            (
-                "stop",
-                params.stop,
-                all(params.stop),
-                "strings of at least one character",
-            ),
+            ("stop_token_ids", params.stop_token_ids, min(params.stop_token_ids or (0,)) >= 0, "token ids"),
+            ("stop", params.stop, all(params.stop), "strings of at least one character"),
         ):
             if not good:
                 raise ConfigError(f"{what}: {name} is {value!r}, but must be {must}")
         if params.stop and self.tokenizer is None:
-            raise ConfigError(
-                f"{what}: stop strings {params.stop!r} need a tokenizer; construct the sampler with one"
-            )
+            raise ConfigError(f"{what}: stop strings {params.stop!r} need a tokenizer; construct the sampler with one")
         total = _limit(request)
         if self.context_length is not None and total > self.context_length:
             raise DataError(
@@ -912,9 +749,7 @@ class LocalSampler:
                 f"model's context of {self.context_length}; shorten the prompt or set max_tokens to at most "
                 f"{max(0, self.context_length - len(prompt))}"
             )
-        if (
-            len(prompt) + max(1, params.max_tokens - 1) > self.max_kv_tokens
-        ):  # the last token is never fed
+        if len(prompt) + max(1, params.max_tokens - 1) > self.max_kv_tokens:  # the last token is never fed
             raise DataError(
                 f"{what}: one sample of {total} tokens does not fit a key/value memory of {self.max_kv_tokens} "
                 "tokens; raise max_kv_tokens or lower max_tokens"
@@ -932,84 +767,44 @@ class LocalSampler:
         if problem:
             raise ConfigError(
                 f"model {name}: decoding with LocalSampler's key/value cache does not reproduce its full pass "
-                f"({problem}). Its attention is of another kind, or its weights are not finite; sample from it with another engine"
+                f"({problem}). Its attention is of another kind, or its weights are not finite; sample from it "
+                "with another engine"
             )
         problem = self._shared and self._problem(tolerance, shared=True)
         if problem:
             self._shared = False
-            logger.info(
-                "model %s: prompts are copied for each of their samples (%s)",
-                name,
-                problem,
-            )
+            logger.info("model %s: prompts are copied for each of their samples (%s)", name, problem)
 
     def _problem(self, tolerance: float, *, shared: bool) -> str:
         try:
             off = self._cached_error(shared)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-            LookupError,
-        ) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
-        return (
-            ""
-            if off <= tolerance
-            else f"it is {off:.2g} off, relative to the logits' spread; tolerance {tolerance}"
-        )
+        return "" if off <= tolerance else f"it is {off:.2g} off, relative to the logits' spread; tolerance {tolerance}"
 
     def _cached_error(self, shared: bool) -> float:
-        full_NS = (
-            torch.arange(14, device=self._device).view(2, 7) * 7 + 3
-        ) % self.vocab_size
-        length_N, both, none = (
-            self._tensor([5, 3]),
-            self._tensor([0, 1]),
-            self._tensor([]),
-        )
+        full_NS = (torch.arange(14, device=self._device).view(2, 7) * 7 + 3) % self.vocab_size
+        length_N, both, none = (self._tensor([5, 3]), self._tensor([0, 1]), self._tensor([]))
         slots, errors = self._slots, []
         try:
             with self._inference():
-                expected_NSV = torch.cat(
-                    [
-                        self.model(input_ids=row[None], use_cache=False).logits
-                        for row in full_NS
-                    ]
-                )
+                expected_NSV = torch.cat([self.model(input_ids=row[None], use_cache=False).logits for row in full_NS])
                 slots.cache.reshape((2, 5), (2, 7), 0, 0)
-                slots.cache.plan = (
-                    Prefill(both, both, none, none)
-                    if shared
-                    else Prefill(none, none, both, both)
-                )
+                slots.cache.plan = Prefill(both, both, none, none) if shared else Prefill(none, none, both, both)
                 logits_NV = self._forward_whole(full_NS[:, :5], length_N)
-                sharing = (
-                    Sharing(np.arange(2), np.array([5, 3]), self._device)
-                    if shared
-                    else None
-                )
+                sharing = Sharing(np.arange(2), np.array([5, 3]), self._device) if shared else None
                 for step in range(3):
                     position_N1 = (length_N + step)[:, None]
                     expected_NV = expected_NSV[both, position_N1[:, 0] - 1].double()
-                    scale = (
-                        expected_NV - expected_NV.mean(-1, keepdim=True)
-                    ).norm() + 1e-3 * self.vocab_size**0.5
-                    errors.append(
-                        float((logits_NV.double() - expected_NV).norm() / scale)
-                    )
+                    scale = (expected_NV - expected_NV.mean(-1, keepdim=True)).norm() + 1e-3 * self.vocab_size**0.5
+                    errors.append(float((logits_NV.double() - expected_NV).norm() / scale))
                     if step == 2:
                         break
-                    column_N = (
-                        torch.full_like(length_N, step) if shared else position_N1[:, 0]
-                    )
+                    column_N = torch.full_like(length_N, step) if shared else position_N1[:, 0]
                     columns = int(column_N.max()) + 1
                     slots.cache.plan = Decode(sharing, column_N, columns)
                     mask = self._mask(sharing, position_N1, columns)
-                    logits_NV = self._forward(
-                        full_NS.gather(1, position_N1), position_N1, mask
-                    )[:, -1]
+                    logits_NV = self._forward(full_NS.gather(1, position_N1), position_N1, mask)[:, -1]
         finally:
             self._token_bytes = slots.cache.token_bytes()
             self._slots = Slots(self.config.num_hidden_layers, self._device)
@@ -1030,9 +825,7 @@ class _Need:
     def columns(self) -> int:
         """Columns to take for the slots: room to grow, but not all the way. Widening a store by an eighth costs a copy,
         soon forgotten among the steps that each read all of it."""
-        return max(
-            1, self.used, min(self.limit - 1, self.used + max(_GROWTH, self.used // 8))
-        )
+        return max(1, self.used, min(self.limit - 1, self.used + max(_GROWTH, self.used // 8)))
 
     @property
     def prefix_tokens(self) -> int:
@@ -1046,12 +839,8 @@ class _Need:
         """With what the entry's sequence takes, copied for up to `most` rows if it is shared, and with its rows' use
         of their slots; but not with the rows."""
         length = 0 if shared else len(entry.tokens)
-        left = max(
-            row.job.request.params.max_tokens - len(row.tokens) for row in entry.rows
-        )
-        more = replace(
-            self, used=max(self.used, length), limit=max(self.limit, length + left)
-        )
+        left = max(row.job.request.params.max_tokens - len(row.tokens) for row in entry.rows)
+        more = replace(self, used=max(self.used, length), limit=max(self.limit, length + left))
         if not shared or entry.prefixes:
             return more
         copies = -(-min(len(entry.rows), most) // _SHARE)
@@ -1067,19 +856,16 @@ def _limit(request: SampleRequest) -> int:
 def _token_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token, as the config has it."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = (
-        getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
-    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
 
 
 def _versions(spans: list[tuple[int, int]], length: int) -> tuple[int, ...]:
     """Spread (tokens written before, version) over the tokens."""
+    if len(spans) == 1:
+        return (spans[0][1],) * length
     versions: list[int] = []
-    for (begin, version), (end, _) in zip(
-        spans, [*spans[1:], (length, 0)], strict=True
-    ):
+    for (begin, version), (end, _) in zip(spans, [*spans[1:], (length, 0)], strict=True):
         versions.extend([version] * (end - begin))
     return tuple(versions)
 
@@ -1102,9 +888,7 @@ def _decoder_config(model: nn.Module):
     base = _base(model)
     name = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"model {name} is an encoder-decoder; LocalSampler continues prompts with decoders only"
-        )
+        raise ConfigError(f"model {name} is an encoder-decoder; LocalSampler continues prompts with decoders only")
     config = base.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
     if kinds or getattr(base, "_is_stateful", False):
@@ -1130,11 +914,7 @@ def _attention_kinds(config) -> list[str]:
 def _eos_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
     """The EOS ids of the generation config and of the config together; the tokenizer's where there are none."""
     ids: list[int] = []
-    for source in (
-        getattr(model, "generation_config", None),
-        _base(model).config,
-        _decoder_config(model),
-    ):
+    for source in (getattr(model, "generation_config", None), _base(model).config, _decoder_config(model)):
         eos = getattr(source, "eos_token_id", None)
         ids.extend([] if eos is None else [eos] if isinstance(eos, int) else eos)
     if not ids and getattr(tokenizer, "eos_token_id", None) is not None:
@@ -1153,22 +933,10 @@ def _own_copy(model: nn.Module) -> nn.Module:
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     given = {own[name].data_ptr() for name in weights if name in own}
-    missing = [
-        name
-        for name, tensor in own.items()
-        if name not in weights and tensor.data_ptr() not in given
-    ]
+    missing = [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
     unknown = [name for name in weights if name not in own]
-    shapes = [
-        name
-        for name, tensor in weights.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    for names, what in (
-        (missing, "missing"),
-        (unknown, "unknown"),
-        (shapes, "of another shape"),
-    ):
+    shapes = [name for name, tensor in weights.items() if name in own and tensor.shape != own[name].shape]
+    for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
         if names:
             raise ConfigError(
                 f"update_weights: {len(names)} weights are {what} for the sampler's model "

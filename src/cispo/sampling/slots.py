@@ -13,16 +13,14 @@ import numpy as np
 import torch
 
 from cispo.sampling.cache import Sharing, SlotCache, resized
-from cispo.sampling.draw import row_seed
+from cispo.sampling.draw import row_seeds
 from cispo.types import Completion, SampleRequest
 
-CUR, COLUMN, POSITION, COUNT, SEED = range(
-    5
-)  # columns of `Slots.ints`; a draw adds 1 to the middle three
+CUR, COLUMN, POSITION, COUNT, SEED = range(5)  # columns of `Slots.ints`; a draw adds 1 to the middle three
 TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)  # columns of `Slots.params`
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One request under way: the completions that exist so far, by sample, and how many do not."""
 
@@ -80,24 +78,14 @@ class Slots:
         self.stops = torch.full((0, 1), -1, dtype=torch.int64, device=device)
         self.ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(0, 1, dtype=torch.float32, device=device)
-        self.start, self.used, self.limit, self.group = (
-            np.zeros(0, dtype=np.int64) for _ in range(4)
-        )
+        self.start, self.used, self.limit, self.group = (np.zeros(0, dtype=np.int64) for _ in range(4))
         self.params = np.zeros((0, 4))
         self.watched, self.live = (np.zeros(0, dtype=bool) for _ in range(2))
         self._sharing: Sharing | None = None
 
     @property
     def _host(self) -> tuple[np.ndarray, ...]:
-        return (
-            self.start,
-            self.used,
-            self.limit,
-            self.group,
-            self.params,
-            self.watched,
-            self.live,
-        )
+        return (self.start, self.used, self.limit, self.group, self.params, self.watched, self.live)
 
     @property
     def sharing(self) -> Sharing | None:
@@ -107,9 +95,7 @@ class Slots:
             self._sharing = Sharing(self.group[: self.n], lengths_N, self.device)
         return self._sharing
 
-    def reshape(
-        self, prefix_sides: tuple[int, int], row_sides: tuple[int, int]
-    ) -> None:
+    def reshape(self, prefix_sides: tuple[int, int], row_sides: tuple[int, int]) -> None:
         """Give the stores other sides; what is in flight stays."""
         self.cache.reshape(prefix_sides, row_sides, len(self.prefixes), self.n)
         R, columns = row_sides
@@ -119,24 +105,13 @@ class Slots:
             self.ints = resized(self.ints, R, 5, self.n, dim=1)
             self.stops = resized(self.stops, R, self.stops.shape[1], self.n, dim=1)
             self.rows = (self.rows + [None] * R)[:R]
-            (
-                self.start,
-                self.used,
-                self.limit,
-                self.group,
-                self.params,
-                self.watched,
-                self.live,
-            ) = (
-                np.concatenate(
-                    [x[: self.n], np.zeros((R - self.n, *x.shape[1:]), x.dtype)]
-                )
-                for x in self._host
+            (self.start, self.used, self.limit, self.group, self.params, self.watched, self.live) = (
+                np.concatenate([x[: self.n], np.zeros((R - self.n, *x.shape[1:]), x.dtype)]) for x in self._host
             )
 
     def fill(self, rows: list[Row], prefixes: list[int]) -> slice:
-        """Give the next slots to `rows`, which continue the prefixes at these places (-1: a sequence in their own slot).
-        Nothing is drawn yet."""
+        """Give the next slots to `rows`, which continue the prefixes at these places (-1: a sequence in the row's own
+        slot). Nothing is drawn yet."""
         new = slice(self.n, self.n + len(rows))
         for row, place in zip(rows, prefixes, strict=True):
             row.prefix = None if place < 0 else self.prefixes[place]
@@ -148,30 +123,20 @@ class Slots:
         ints = np.empty((len(rows), 5), dtype=np.int64)
         ints[:, CUR], ints[:, COLUMN], ints[:, POSITION] = 0, start - 1, length - 1
         ints[:, COUNT] = [len(row.tokens) for row in rows]
-        ints[:, SEED] = [row_seed(row.job.seed, row.sample) for row in rows]
+        ints[:, SEED] = row_seeds([row.job.seed for row in rows], [row.sample for row in rows]).numpy()
         self.ints[new] = torch.from_numpy(ints).to(self.device)
         most = max(len(row.job.stop_token_ids) for row in rows)
         if most > self.stops.shape[1]:
-            wider = torch.full(
-                (len(self.rows), most), -1, dtype=torch.int64, device=self.device
-            )
+            wider = torch.full((len(self.rows), most), -1, dtype=torch.int64, device=self.device)
             wider[:, : self.stops.shape[1]] = self.stops
             self.stops = wider
         E = self.stops.shape[1]
-        stops = [
-            row.job.stop_token_ids + (-1,) * (E - len(row.job.stop_token_ids))
-            for row in rows
-        ]
-        self.stops[new] = torch.tensor(stops, dtype=torch.int64).to(self.device)
+        padded = {row.job: (*row.job.stop_token_ids, *[-1] * (E - len(row.job.stop_token_ids))) for row in rows}
+        self.stops[new] = torch.tensor([padded[row.job] for row in rows], dtype=torch.int64).to(self.device)
         self.start[new] = self.used[new] = start
-        self.limit[new] = (
-            start + [request.params.max_tokens for request in requests] - ints[:, COUNT]
-        )
+        self.limit[new] = start + [request.params.max_tokens for request in requests] - ints[:, COUNT]
         self.group[new] = prefixes
-        self.params[new] = [
-            (p.temperature, p.top_k, p.top_p, p.min_p)
-            for p in (r.params for r in requests)
-        ]
+        self.params[new] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (r.params for r in requests)]
         self.watched[new] = [bool(request.params.stop) for request in requests]
         self.live[new] = True
         self.rows[new] = rows
@@ -181,10 +146,7 @@ class Slots:
 
     def written(self, slot: int) -> list[int]:
         """All tokens that the row has drawn."""
-        return (
-            self.rows[slot].tokens
-            + self.ids[slot, self.start[slot] : self.used[slot]].tolist()
-        )
+        return self.rows[slot].tokens + self.ids[slot, self.start[slot] : self.used[slot]].tolist()
 
     def drop(self, slots: np.ndarray) -> None:
         """Mark rows as finished. A dead row goes on from column 0, which keeps it inside its store, until `compact`
@@ -223,15 +185,11 @@ class Slots:
             self.rows[n : self.n] = [None] * (self.n - n)
         moved = self.dead > 0
         self.n, self.dead = self.n - self.dead, 0
-        wanted = np.array(
-            [prefix.rows > 0 or prefix.held for prefix in self.prefixes], dtype=bool
-        )
+        wanted = np.array([prefix.rows > 0 or prefix.held for prefix in self.prefixes], dtype=bool)
         if not wanted.all():
             target, source = _holes(wanted, int(wanted.sum()))
             if len(target):
-                self.cache.move_prefixes(
-                    *(torch.from_numpy(x).to(self.device) for x in (source, target))
-                )
+                self.cache.move_prefixes(*(torch.from_numpy(x).to(self.device) for x in (source, target)))
             places = np.arange(len(wanted))
             places[source] = target
             group = self.group[: self.n]
