@@ -27,7 +27,8 @@ from cispo import model as models
 from cispo.config import ModelConfig, VllmConfig
 from cispo.learner import LocalLearner
 from cispo.sampling.probe import learner_logprobs
-from cispo.sampling.vllm import EngineLost, VllmSampler, check_version
+from cispo.sampling.vllm import VllmSampler
+from cispo.sampling.vllm_server import EngineLost, check_version
 from cispo.tasks.think import VOCABULARY, BaseRecipe, make_base, make_tokenizer
 from cispo.types import ConfigError, DataError, RunError, SampleRequest, SamplingParams
 
@@ -333,18 +334,16 @@ def test_an_attention_head_that_vllm_cannot_run_is_refused_before_an_engine_star
 
 def test_a_run_trains_on_what_vllm_samples(tmp_path):
     make_base(tmp_path / "base", recipe=BaseRecipe(heads=3))  # attention heads of 32
-    config = configs.load(
-        None,
-        f"--model.path {tmp_path / 'base'} --run_dir {tmp_path / 'run'} --async.sampler vllm --vllm.kv_cache_gib 0.5 "
-        "--steps 4 --eval.every 4 --eval.max_prompts 64 --vllm.probe_every 1 --vllm.probe_tolerance 1e-4".split(),
-    )
-    run = cli.train(config, console=Console(quiet=True))
+    flags = f"--model.path {tmp_path / 'base'} --run_dir {tmp_path / 'run'} --steps 4 --eval.every 4 "
+    flags += "--eval.max_prompts 64 --async.sampler vllm --vllm.kv_cache_gib 0.5 --vllm.probe_every 1 "
+    run = cli.train(configs.load(None, (flags + "--vllm.probe_tolerance 1e-4").split()), console=Console(quiet=True))
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
-    for step in steps[1:]:
-        assert step["kl/sampler_max_abs"] <= 1e-4 and step["ratio/first_update_max"] <= 1 + 2e-4
-        assert step["staleness/histogram"] == [step["tokens/sampled"]]
-    assert steps[-1]["eval/think_rate"] > steps[0]["eval/think_rate"]
+    # A step whose first window trains nothing has no such number.
+    found = [step["kl/sampler_max_abs"] for step in steps if "kl/sampler_max_abs" in step]
+    assert len(found) >= 2 and max(found) <= PARITY
+    assert all(step["staleness/histogram"] == [step["tokens/sampled"]] for step in steps[1:])
+    assert steps[-1]["eval/accuracy"] > steps[0]["eval/accuracy"] + 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------- a server

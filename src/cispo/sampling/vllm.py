@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -34,10 +33,10 @@ from collections import deque
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,6 +46,17 @@ from torch import Tensor
 from cispo import model as models
 from cispo.config import VllmConfig
 from cispo.sampling.probe import LearnerLogprobs, Parity, compare
+from cispo.sampling.vllm_server import (
+    SUPPORTED,
+    Engine,
+    EngineLost,
+    Job,
+    Server,
+    at,
+    check_version,
+    completion_of,
+    first_line,
+)
 from cispo.types import (
     CispoError,
     Completion,
@@ -59,9 +69,6 @@ from cispo.types import (
 )
 
 log = logging.getLogger(__name__)
-
-SUPPORTED = "0.32"
-"""The vLLM whose interfaces this file speaks: of the engine installed here, and of a server."""
 
 BACKEND = "cispo"
 """Our weight transfer engine's name in vLLM's registry."""
@@ -85,22 +92,7 @@ _IDENTITY = (
 _OTHER_MODEL = "cispo: another model:"
 
 
-class EngineLost(RunError):
-    """The engine died, stopped answering, or came back as another. Its requests are to be sampled again."""
-
-
 # ------------------------------------------------------------------------------------------------------------ engines
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One request as an engine gets it. `salt` keeps apart the prefix caches of different weights."""
-
-    name: str
-    prompt: tuple[int, ...]
-    num_samples: int
-    sampling: Mapping[str, Any]
-    salt: str
 
 
 @dataclass(frozen=True)
@@ -110,29 +102,6 @@ class _Weights:
     version: int
     path: Path | None = None
     tensors: Mapping[str, Tensor] | None = None
-
-
-class _Engine(Protocol):
-    """What the sampler asks of vLLM. Everything but `kill` runs on the loop."""
-
-    lost: asyncio.Future[EngineLost]
-
-    async def generate(self, job: _Job) -> list[Completion]: ...
-
-    async def weight_version(self) -> str:
-        """The label of the engine's weights; asked regularly, as a sign of life."""
-
-    async def pause(self, mode: str, clear_cache: bool) -> None: ...
-
-    async def resume(self) -> None: ...
-
-    async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
-        """One of the four steps of a weight update by vLLM's name for it, or `update_weight_version`."""
-
-    async def close(self) -> None: ...
-
-    def kill(self) -> None:
-        """End it at once, where it is ours."""
 
 
 class _InProcess:
@@ -177,9 +146,9 @@ class _InProcess:
             try:
                 self._llm = AsyncLLM.from_engine_args(self._arguments)
             except Exception as error:
-                raise EngineLost(f"vllm: the engine did not start: {_first_line(error)}") from error
+                raise EngineLost(f"vllm: the engine did not start: {first_line(error)}") from error
 
-    async def generate(self, job: _Job) -> list[Completion]:
+    async def generate(self, job: Job) -> list[Completion]:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -192,7 +161,7 @@ class _InProcess:
             async for output in self._llm.generate(prompt, params, request_id=job.name):
                 final = output
         return [
-            _completion(
+            completion_of(
                 output.token_ids,
                 [position[token].logprob for token, position in zip(output.token_ids, output.logprobs, strict=True)],
                 [(span.version, span.start, span.end) for span in output.weight_versions or ()],
@@ -246,126 +215,6 @@ class _InProcess:
         """The engine core's processes."""
         manager = self._llm.engine_core.resources.engine_manager if self._llm is not None else None
         return list(manager.processes) if manager is not None else []
-
-
-class _Server:
-    """A vLLM server at an address, which needs `VLLM_SERVER_DEV_MODE=1` (the routes that change weights)."""
-
-    def __init__(self, url: str, config: VllmConfig):
-        try:
-            import aiohttp
-        except ImportError as error:
-            raise ConfigError(
-                f"vllm.url: talking to a server needs aiohttp ({error}); run pip install aiohttp"
-            ) from None
-        self.lost = asyncio.get_running_loop().create_future()
-        self._url = url.rstrip("/")
-        self._config = config
-        self._client = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
-        )
-        self._max_sequences = 1 << 62
-
-    async def start(self, *, wait: bool) -> dict[str, Any]:
-        """The server's configuration. Raises ConfigError where it is none of ours, EngineLost where it is not there.
-
-        wait: a server that was there before is given `start_timeout_s` to come back.
-        """
-        until = time.monotonic() + (self._config.start_timeout_s if wait else 0)
-        while True:
-            try:
-                version = (await self._request("GET", "/version"))["version"]
-                break
-            except EngineLost:
-                if time.monotonic() >= until:
-                    raise
-                await asyncio.sleep(1.0)
-        check_version(version, f"the server at {self._url}")
-        try:
-            info = await self._request("GET", "/server_info?config_format=json")
-        except RunError as error:
-            raise ConfigError(
-                f"vllm.url: {self._url} does not let its weights be changed; start it with VLLM_SERVER_DEV_MODE=1 and "
-                f"the flags in docs/vllm.md ({error})"
-            ) from None
-        config = info["vllm_config"]
-        self._max_sequences = int(_at(config, "scheduler_config", "max_num_seqs") or 1 << 62)
-        return config
-
-    async def tokenize(self, text: str) -> list[int]:
-        return (await self._request("POST", "/tokenize", {"prompt": text, "add_special_tokens": False}))["tokens"]
-
-    async def generate(self, job: _Job) -> list[Completion]:
-        """In parts, where a server decodes fewer at once than there are samples."""
-        parts, start = [], 0
-        while start < job.num_samples:
-            n = min(job.num_samples - start, self._max_sequences)
-            sampling = {**job.sampling, "n": n, "seed": job.sampling["seed"] + start}
-            parts.append(self._generate(replace(job, name=f"{job.name}-{start}", sampling=sampling)))
-            start += n
-        return [completion for part in await asyncio.gather(*parts) for completion in part]
-
-    async def _generate(self, job: _Job) -> list[Completion]:
-        body = {
-            "request_id": job.name,
-            "token_ids": list(job.prompt),
-            "sampling_params": dict(job.sampling),
-            "cache_salt": job.salt,
-        }
-        answer = await self._request("POST", "/inference/v1/generate", body)
-        return [
-            _completion(
-                choice["token_ids"],
-                [position["logprob"] for position in choice["logprobs"]["content"]],
-                [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()],
-                choice["finish_reason"],
-            )
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
-
-    async def weight_version(self) -> str:
-        return (await self._request("GET", "/weight_info"))["weight_version"]
-
-    async def pause(self, mode: str, clear_cache: bool) -> None:
-        await self._request("POST", f"/pause?mode={mode}&clear_cache={str(clear_cache).lower()}")
-
-    async def resume(self) -> None:
-        await self._request("POST", "/resume")
-
-    async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
-        key = {
-            "init_weight_transfer_engine": "init_info",
-            "update_weights": "update_info",
-            "finish_weight_update": "weight_version",
-            "update_weight_version": "new_version",
-        }.get(name)
-        await self._request("POST", f"/{name}", None if key is None else {key: payload})
-
-    async def _request(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON answer. Raises EngineLost for a server that is gone or broken, RunError for one that refuses."""
-        import aiohttp
-
-        try:
-            async with self._client.request(method, self._url + path, json=body) as response:
-                text = await response.text()
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineLost(f"vllm: no answer from {self._url}: {_first_line(error)}") from error
-        except ValueError as error:
-            raise ConfigError(f"vllm.url: {self._url} is no address: {error}; write http://host:port") from error
-        if response.status >= 500 and path.startswith(("/inference", "/weight_info", "/version")):
-            raise EngineLost(f"vllm: {self._url}{path} failed ({response.status}): {text[:300]}")
-        if response.status >= 400:
-            raise RunError(f"vllm: {self._url}{path} was refused ({response.status}): {text[:300]}")
-        try:
-            return json.loads(text) if text else None
-        except ValueError:
-            raise RunError(f"vllm: {self._url}{path} did not answer JSON; is it a vLLM server?") from None
-
-    async def close(self) -> None:
-        await self._client.close()
-
-    def kill(self) -> None:
-        """A server is not ours to end."""
 
 
 # ------------------------------------------------------------------------------------------------------------ sampler
@@ -628,7 +477,7 @@ class VllmSampler:
             async with self._turn:
                 engine = self._engine
             self._attempts += 1
-            job = _Job(
+            job = Job(
                 name=f"{request.request_id}-{self._attempts}",
                 prompt=request.prompt,
                 num_samples=samples,
@@ -675,7 +524,7 @@ class VllmSampler:
                 lost = error
         await self._replace(engine, lost)  # the new engine starts with these weights
 
-    async def _load(self, engine: _Engine) -> None:
+    async def _load(self, engine: Engine) -> None:
         """The newest weights into a running engine."""
         if self.in_flight:
             await engine.pause("keep", self.recompute_kv)
@@ -684,7 +533,7 @@ class VllmSampler:
         await self._send(engine)
         await engine.resume()
 
-    async def _send(self, engine: _Engine) -> None:
+    async def _send(self, engine: Engine) -> None:
         newest = self._newest
         if newest.path is not None:
             await engine.call("start_weight_update")
@@ -707,7 +556,7 @@ class VllmSampler:
         self._starting = time.monotonic()
         try:
             if self.config.url is not None:
-                self._engine = engine = _Server(self.config.url, self.config)
+                self._engine = engine = Server(self.config.url, self.config)
                 await self._check_server(engine, await engine.start(wait=not first))
                 await engine.resume()  # one that was left paused by a run that died
             else:
@@ -723,17 +572,17 @@ class VllmSampler:
         finally:
             self._starting = None
 
-    async def _try(self, engine: _Engine) -> None:
+    async def _try(self, engine: Engine) -> None:
         """One token, because some models load and cannot run. Raises ConfigError."""
         sampling = self._sampling(SamplingParams(max_tokens=1, stop_token_ids=()), 0)
-        job = _Job(f"trial-{id(self)}", (0,), 1, sampling, f"trial-{id(self)}")
+        job = Job(f"trial-{id(self)}", (0,), 1, sampling, f"trial-{id(self)}")
         try:
             await self._unless_lost(engine, engine.generate(job), every=_HEARTBEAT_S)
         except RunError as error:
             where = f"the engine for {self.model}" if self.config.url is None else f"the server at {self.config.url}"
             raise ConfigError(f"async.sampler: {where} gave no token: {error}; its own messages say more") from error
 
-    async def _init_transfer(self, engine: _Engine) -> None:
+    async def _init_transfer(self, engine: Engine) -> None:
         """Open our weight transfer engine, whose workers look whether theirs is the model that will be sent."""
         expected = {name: getattr(self._model_config, name, None) for name in _IDENTITY}
         try:
@@ -749,7 +598,7 @@ class VllmSampler:
                 f"{difference.split(';')[0]}"
             ) from None
 
-    async def _replace(self, old: _Engine, error: EngineLost) -> None:
+    async def _replace(self, old: Engine, error: EngineLost) -> None:
         """Whoever finds an engine dead first replaces it; the others wait for that. Raises RunError when it is over."""
         async with self._turn:
             if self._engine is not old:
@@ -803,7 +652,7 @@ class VllmSampler:
                 self._fail(error)
                 return
 
-    async def _unless_lost(self, engine: _Engine, work: Coroutine[Any, Any, Any], every: float | None = None) -> Any:
+    async def _unless_lost(self, engine: Engine, work: Coroutine[Any, Any, Any], every: float | None = None) -> Any:
         """The result of `work`, or EngineLost as soon as anybody finds the engine gone.
 
         every: seconds between questions to the engine, for work during which `_watch` does not ask.
@@ -823,7 +672,7 @@ class VllmSampler:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
 
-    async def _ask(self, engine: _Engine) -> str:
+    async def _ask(self, engine: Engine) -> str:
         """The version of the engine's weights. Raises EngineLost where it does not say in time."""
         try:
             return await asyncio.wait_for(engine.weight_version(), self.config.timeout_s)
@@ -834,7 +683,7 @@ class VllmSampler:
     def _fail(self, error: BaseException) -> None:
         with self._arrived:
             self._error = self._error or (
-                error if isinstance(error, RunError) else RunError(f"vllm: {_first_line(error)}")
+                error if isinstance(error, RunError) else RunError(f"vllm: {first_line(error)}")
             )
             if self._error is not error:
                 self._error.__cause__ = self._error.__cause__ or error
@@ -853,7 +702,7 @@ class VllmSampler:
             except CispoError:
                 raise
             except Exception as error:
-                raise RunError(f"vllm: {what} failed: {_first_line(error)}") from error
+                raise RunError(f"vllm: {what} failed: {first_line(error)}") from error
 
     # ------------------------------------------------------------------------------------------------------- the checks
 
@@ -887,7 +736,7 @@ class VllmSampler:
                 f"vllm.weight_transfer: {config.weight_transfer} needs a GPU on the learner's side; use file"
             )
 
-    async def _check_server(self, server: _Server, described: Mapping[str, Any]) -> None:
+    async def _check_server(self, server: Server, described: Mapping[str, Any]) -> None:
         """Raises ConfigError for a server of another model, vocabulary, or mode of log-probs."""
         where = f"vllm.url: the server at {self.config.url}"
         for keys, wanted, flag in (
@@ -903,10 +752,10 @@ class VllmSampler:
                 f"--dtype {str(self.dtype).removeprefix('torch.')}",
             ),
         ):
-            found = _at(described, *keys)
+            found = at(described, *keys)
             if str(found).removeprefix("torch.") != wanted.removeprefix("torch."):
                 raise ConfigError(f"{where} has {'.'.join(keys)} {found!r}, but this run needs {wanted!r}: add {flag}")
-        length = _at(described, "model_config", "max_model_len")
+        length = at(described, "model_config", "max_model_len")
         if self.context_length is not None and length is not None and int(length) < self.context_length:
             self.context_length = int(length)
         if self.tokenizer is not None:
@@ -999,15 +848,6 @@ def _cpu_head_sizes() -> list[int]:
     return CPUAttentionBackend.get_supported_head_sizes()
 
 
-def check_version(found: str, where: str) -> None:
-    """Raises ConfigError for a vLLM whose interfaces may be others."""
-    if ".".join(found.split(".")[:2]) != SUPPORTED:
-        raise ConfigError(
-            f"vllm: {where} is of version {found}, and this cispo speaks to {SUPPORTED}.x only; install vllm=="
-            f"{SUPPORTED}.*"
-        )
-
-
 def _eos_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
     """As `model.eos_token_ids`, of a folder whose weights nobody loads."""
     import transformers
@@ -1017,25 +857,6 @@ def _eos_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
     with contextlib.suppress(OSError):  # a folder need not have one
         described.generation_config = transformers.GenerationConfig.from_pretrained(model)
     return models.eos_token_ids(described, tokenizer or models.load_tokenizer(model))
-
-
-def _completion(
-    tokens: Sequence[int],
-    logprobs: Sequence[float],
-    spans: Sequence[tuple[str, int, int]],
-    finish_reason: str | None,
-) -> Completion:
-    """Ours from vLLM's. Raises EngineLost for one that was aborted or written by weights of unknown version."""
-    if finish_reason not in ("stop", "length"):
-        raise EngineLost(f"vllm: a completion ended by {finish_reason!r}")
-    versions: list[int] = []
-    for version, start, end in spans:
-        if not version.isdigit():
-            raise EngineLost(f"vllm: a completion was written by weights {version!r}, which this run never published")
-        versions.extend([int(version)] * (end - start))
-    if len(versions) != len(tokens):
-        raise EngineLost(f"vllm: {len(tokens)} tokens came with versions of {len(versions)}")
-    return Completion(tuple(tokens), tuple(logprobs), tuple(versions), finish_reason)
 
 
 def _transfer_folder(named: str | None, needed: int) -> Path:
@@ -1079,16 +900,6 @@ def _engine_environment(threads: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _at(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # --------------------------------------------------------------------------------- GPU transfer (not run in our tests)
 
 
@@ -1098,7 +909,7 @@ class _SyncClient:
     Written against vLLM 0.32 and not run by our tests, which have no GPU: the probe is what checks it in a run.
     """
 
-    def __init__(self, engine: _Engine, loop: asyncio.AbstractEventLoop, version: str):
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, version: str):
         self._engine, self._loop, self._version = engine, loop, version
 
     def _call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
@@ -1111,7 +922,7 @@ class _SyncClient:
         self._call("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        if isinstance(self._engine, _Server):
+        if isinstance(self._engine, Server):
             from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 
             update_info = _json_safe_update_payload(update_info)
