@@ -17,8 +17,11 @@ __all__ = ["ServeOptions", "serve", "status"]
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status. Raises ConfigError where the extra is not installed."""
-    return _main("serve")(options)
+    """Serve until SIGTERM or SIGINT; the exit status. With `options.status`, ask the one that runs.
+
+    Raises ConfigError where the extra is not installed.
+    """
+    return _main("status" if options.status else "serve")(options)
 
 
 def status(options: ServeOptions) -> int:

@@ -39,7 +39,7 @@ from cispo.types import AdamParams, CispoError, NonFiniteError, SampleRequest, S
 
 log = logging.getLogger("cispo.server")
 
-GROUP_TOKENS = 4096
+GROUP_TOKENS = 1024
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
 CURVE_POINTS = 512
 
@@ -355,7 +355,7 @@ class Engine:
                 metrics = self._adapter(run).optim_step(work)
                 if run.curve:
                     run.curve[-1].update({k: v for k, v in metrics.items() if k not in run.curve[-1]})
-                self._finish_json(request, {"type": "optim_step", "metrics": metrics})
+                self._finish_json(request, {"metrics": metrics})
             case SaveWork():
                 if not request.replayed:
                     self._save(request, run, work)
