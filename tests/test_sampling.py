@@ -639,6 +639,42 @@ def test_given_weights_fill_an_own_copy_and_only_whole():
         LocalSampler(learner).update_weights(weights, 2)
 
 
+# --------------------------------------------------------------------------------------------------- prompt log-probs
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2"])
+def test_prompt_logprobs_are_those_of_a_full_pass_in_slices_and_beside_rows_in_flight(name, monkeypatch):
+    model = make_model(name)
+    tokens = np.random.default_rng(0).integers(3, V, 50).tolist()
+    sampler = LocalSampler(model, steps_per_poll=1)
+    asked = request(0, [3, 4, 5], 3, max_tokens=10)
+    sampler.submit(asked)
+    sampler.poll()
+    whole = sampler.prompt_logprobs(tokens, top_k=4)
+    monkeypatch.setattr("cispo.sampling.local._LOGITS_AT_ONCE", 7 * V)
+    sliced = sampler.prompt_logprobs(tokens, top_k=4)
+    expected = full_logprobs(model, tokens[:1], tokens[1:])
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).topk(4)
+    for got in (whole, sliced):
+        assert got.logprobs[0] is None and got.top[0] is None
+        torch.testing.assert_close(torch.tensor(got.logprobs[1:]), expected, atol=1e-5, rtol=1e-5)
+        assert [[token for token, _ in pairs] for pairs in got.top[1:]] == best.indices.tolist()
+        values = torch.tensor([[logprob for _, logprob in pairs] for pairs in got.top[1:]])
+        torch.testing.assert_close(values, best.values, atol=1e-5, rtol=1e-5)
+    assert sampler.prompt_logprobs([7]).logprobs == (None,)
+    assert sampler.prompt_logprobs([7, 8]).top == (None, ())
+    results = []
+    while sampler.pending:
+        results += sampler.poll()
+    assert worst_gap(model, [asked], results) < 1e-4
+    for wrong, error in (([], DataError), ([V], DataError), ([3] * 129, DataError)):
+        with pytest.raises(error):
+            sampler.prompt_logprobs(wrong)
+    with pytest.raises(ConfigError, match="top_k"):
+        sampler.prompt_logprobs([3], top_k=V + 1)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

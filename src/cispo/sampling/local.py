@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 
 from cispo.sampling.cache import SHARED_ATTENTION, Decode, Extend, Prefill, Sharing
 from cispo.sampling.draw import Filters, draw, uniforms
@@ -47,9 +48,20 @@ logger = logging.getLogger(__name__)
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _DEFAULT_KV_BYTES = 4 << 30
+_LOGITS_AT_ONCE = 1 << 26  # of a prompt's positions × vocabulary
 _GROWTH = 32  # columns that a store grows by, at least
 _SHARE = 32  # rows on one copy of a prefix: bounds the padding where groups are of unequal size
 _STOPPED, _BROKEN = 1, 2  # a row's status after a draw
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of S given tokens, at temperature 1. logprobs: of each token after those before it; None for the first. top: the
+    most likely (token, log-prob) pairs at each place, likeliest first; None for the first, and empty where top_k is 0.
+    """
+
+    logprobs: tuple[float | None, ...]
+    top: tuple[tuple[tuple[int, float], ...] | None, ...]
 
 
 @dataclass(slots=True)
@@ -210,6 +222,40 @@ class LocalSampler:
         finally:
             self._done = others + self._done
         return [mine[request.request_id] for request in requests]
+
+    def prompt_logprobs(self, tokens: Sequence[int], top_k: int = 0) -> PromptLogprobs:
+        """Log-probs of given tokens under the present weights, at once and beside what is in flight.
+
+        The logits of a slice of positions exist at a time. Raises DataError for tokens that are no prompt of this
+        model, NonFiniteError where its logits hold NaN or infinity.
+        """
+        if not 0 <= top_k <= self.vocab_size:
+            raise ConfigError(f"top_k is {top_k}, but must be between 0 and the {self.vocab_size} tokens there are")
+        self._check_prompt("prompt_logprobs", tokens)
+        if self.context_length is not None and len(tokens) > self.context_length:
+            raise DataError(f"a prompt of {len(tokens)} tokens is beyond the model's context of {self.context_length}")
+        ids_S = torch.tensor(list(tokens), dtype=torch.int64).to(self._device)
+        cache, logprobs, top = DynamicCache(config=self.config), [], []
+        step = max(1, min(2048, _LOGITS_AT_ONCE // self.vocab_size))
+        with self._inference():
+            for begin in range(0, len(tokens) - 1, step):
+                here_S = ids_S[begin : min(begin + step, len(tokens) - 1)]
+                position_S = torch.arange(begin, begin + len(here_S), device=self._device)
+                logits_SV = self._forward(here_S[None], position_S[None], None, cache=cache)[0]
+                logprobs_SV = logits_SV.float().log_softmax(-1)
+                next_S1 = ids_S[begin + 1 : begin + 1 + len(here_S), None]
+                logprobs.append(logprobs_SV.gather(1, next_S1)[:, 0])
+                if top_k:
+                    best = logprobs_SV.topk(top_k, -1)
+                    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                    top.extend(tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+        chosen_S = torch.cat(logprobs) if logprobs else torch.empty(0)
+        if not bool(chosen_S.isfinite().all()):
+            at = int((~chosen_S.isfinite()).nonzero()[0]) + 1
+            raise NonFiniteError(f"prompt_logprobs: the model's logits before position {at} hold NaN or infinity")
+        return PromptLogprobs(
+            logprobs=(None, *chosen_S.tolist()), top=(None, *(top if top_k else [()] * (len(tokens) - 1)))
+        )
 
     def cancel(self, request_id: int) -> None:
         """Drop a request and all its samples. One that is unknown, or was returned already, is no error."""
@@ -637,7 +683,9 @@ class LocalSampler:
 
     # ------------------------------------------------------------------------------------------------- forward passes
 
-    def _forward(self, ids_BS: Tensor, positions_BS: Tensor, mask: Tensor | dict | None, **kwargs) -> Tensor:
+    def _forward(
+        self, ids_BS: Tensor, positions_BS: Tensor, mask: Tensor | dict | None, *, cache: Cache | None = None, **kwargs
+    ) -> Tensor:
         attention = self.config._attn_implementation
         if mask is not None and self._slots.cache.plan.sharing is not None:
             self.config._attn_implementation = SHARED_ATTENTION
@@ -646,7 +694,7 @@ class LocalSampler:
                 input_ids=ids_BS,
                 position_ids=positions_BS,
                 attention_mask=mask,
-                past_key_values=self._slots.cache,
+                past_key_values=self._slots.cache if cache is None else cache,
                 use_cache=True,
                 **kwargs,
             ).logits
@@ -717,18 +765,12 @@ class LocalSampler:
 
     def _check_request(self, request: SampleRequest) -> None:
         what, params = f"request {request.request_id}", request.params
-        prompt, vocab = request.prompt, self.vocab_size
+        prompt = request.prompt
         if request.request_id in self._jobs or any(done.request_id == request.request_id for done in self._done):
             raise DataError(f"{what}: this request_id is still pending; take another, or cancel the first")
         if request.num_samples < 1:
             raise ConfigError(f"{what}: num_samples is {request.num_samples}, but must be at least 1")
-        if not prompt:
-            raise DataError(f"{what}: the prompt is empty, so there is nothing to continue; begin it with a BOS token")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            bad = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab)
-            raise DataError(
-                f"{what}: token {prompt[bad]} at prompt position {bad} is outside the vocabulary of {vocab}"
-            )
+        self._check_prompt(what, prompt)
         for name, value, good, must in (
             ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
             ("temperature", params.temperature, 0 <= params.temperature < math.inf, "finite and at least 0 (greedy)"),
@@ -753,6 +795,15 @@ class LocalSampler:
             raise DataError(
                 f"{what}: one sample of {total} tokens does not fit a key/value memory of {self.max_kv_tokens} "
                 "tokens; raise max_kv_tokens or lower max_tokens"
+            )
+
+    def _check_prompt(self, what: str, prompt: Sequence[int]) -> None:
+        if not len(prompt):
+            raise DataError(f"{what}: the prompt is empty, so there is nothing to continue; begin it with a BOS token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            at, token = next((i, token) for i, token in enumerate(prompt) if not 0 <= token < self.vocab_size)
+            raise DataError(
+                f"{what}: token {token} at prompt position {at} is outside the vocabulary of {self.vocab_size}"
             )
 
     def _check_model(self) -> None:
