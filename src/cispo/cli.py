@@ -740,6 +740,9 @@ COMMANDS: dict[str, Command] = {
         "a run while it goes: a live page, or --tui", door("cispo.report.watch", "WatchOptions", "watch", "watch")
     ),
     "bench": Command("benchmarks against the alternatives", run_bench),
+    "plan": Command(
+        "memory, transfer and time of a recipe, by arithmetic", door("cispo.plan", "PlanOptions", "plan", "plan")
+    ),
     "check": Command(
         "bounds on a run's metrics, for nightly jobs", door("cispo.check", "CheckOptions", "check", "check")
     ),
