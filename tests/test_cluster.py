@@ -183,8 +183,8 @@ def kill_after(run_dir, lines, title):
         path = run_dir / "metrics.jsonl"
         while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
             time.sleep(0.005)
-        chosen = next(p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(title))
-        chosen.kill()
+        actors = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(title)]
+        max(actors, key=lambda actor: actor.create_time()).kill()  # older ones are other tests'
         killed.append(title)
 
     killed = []

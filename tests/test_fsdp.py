@@ -126,6 +126,12 @@ def cases():
         "whole sequences": Case((4, 9, 2), tokens=20, algorithm=gspo),
         "entropy bonus": Case((4, 9, 2), tokens=20, entropy_bonus=0.1),
         "dropped": Case((4, 9, 2), tokens=20, nonfinite=5),
+        "spread head": Case((4, 9, 2, 12), tokens=20, gather_bytes=1),
+        "spread head, one row": Case((7,), gather_bytes=1),
+        "spread head, kl": Case((4, 9, 2), tokens=20, gather_bytes=1, algorithm=AlgorithmConfig(kl=KLConfig(coef=0.5))),
+        "spread head, whole sequences": Case((4, 9, 2), tokens=20, gather_bytes=1, algorithm=gspo),
+        "spread head, entropy bonus": Case((4, 9, 2), tokens=20, gather_bytes=1, entropy_bonus=0.1),
+        "spread head, dropped": Case((4, 9, 2), tokens=20, gather_bytes=1, nonfinite=5),
         "tied": Case((4, 9, 2, 12), tokens=20, model="tied"),
         "recomputed": Case((4, 9, 2, 12), tokens=20, model="checkpointed"),
         "bfloat16": Case((4, 9, 2, 12), tokens=20, model="bfloat16"),
@@ -177,10 +183,12 @@ def worker(rank, ranks, folders, out):
     # An error at one rank's row is everybody's error, leaves no gradient, and the next call works.
     bad = rollout([4, 7, 2, 9])
     bad = with_columns(bad, anchor_logprobs=torch.where(torch.arange(len(bad.targets_T)) == 4, torch.nan, -1.0))
-    try:
-        plain.forward_backward(bad, objectives.bind(AlgorithmConfig()))
-    except NonFiniteError as error:
-        found["error"] = str(error), gradients(plain)
+    found["errors"] = []
+    for plain._head_gather_bytes in (1, 1 << 30):
+        try:
+            plain.forward_backward(bad, objectives.bind(AlgorithmConfig()))
+        except NonFiniteError as error:
+            found["errors"].append((str(error), gradients(plain)))
     found["forward"] = plain.forward(rollout([3, 8, 1]), temperature=0.7)
     found["steps"] = steps(plain, (0, 1))
     plain.save(out)
@@ -259,8 +267,9 @@ def test_gradients_are_those_of_one_process(name, ranks, launches, expected):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_an_error_on_one_rank_is_raised_by_all_and_the_next_call_works(ranks, launches, expected):
-    message, left = launches[ranks]["error"]
-    assert "anchor_logprobs" in message and not left
+    assert len(launches[ranks]["errors"]) == 2  # with a head that is gathered, and one that is not
+    for message, left in launches[ranks]["errors"]:
+        assert "anchor_logprobs" in message and not left
     found = launches[ranks]["forward"]
     assert torch.allclose(found.logprobs_T, expected["forward"].logprobs_T, atol=1e-5)
     assert torch.equal(found.evaluated_T, expected["forward"].evaluated_T)

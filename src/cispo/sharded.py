@@ -3,9 +3,9 @@
 Every rank gets the same whole batch, lays it out in the same way and takes its share of the micro-batches, so nothing
 has to be agreed upon; ranks with fewer micro-batches run empty ones, because each forward is a collective. Weights of a
 batch already carry the whole window's normaliser, so gradients over ranks only add up, in float32, and are never
-averaged. The head is left out of FSDP: its weight is gathered for a micro-batch where that fits a budget, and otherwise
-stays where it is while hidden states travel (`head/vocabulary.py`). Left out on purpose: starting processes (`cluster/`),
-and tensor, pipeline and expert parallelism.
+averaged. An untied head is left out of FSDP: its weight is gathered for a micro-batch where that fits a budget, and
+otherwise stays where it is while hidden states travel (`head/vocabulary.py`). Left out on purpose: starting processes
+(`cluster/`), and tensor, pipeline and expert parallelism.
 
     torchrun --nproc-per-node 8 -m cispo train RECIPE.yaml --cluster torchrun
 """
@@ -31,7 +31,9 @@ from cispo import model as models
 from cispo.batching import micro_batches
 from cispo.config import LearnerConfig
 from cispo.head import LinearPolicyLoss
-from cispo.learner import LocalLearner, _MicroBatch, _Output
+from cispo.head.vocabulary import MEMORY_BUDGET, token_loss, vocabulary_logprobs
+from cispo.learner import LocalLearner, _MicroBatch, _Output, sequence_loss
+from cispo.objectives import is_sequence_level
 from cispo.types import Batch, ConfigError, DataError, LossOutput, Objective
 
 RANKS = "ranks"
@@ -156,21 +158,82 @@ class ShardedLearner(LocalLearner):
             for module in _groups(model) if model is not None else ():
                 module.reshard()
 
-    def _loss(self, batch: Batch, micro: _MicroBatch, hidden_TD: Tensor, head: Any, *rest: Any) -> LinearPolicyLoss:
+    def _loss(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        hidden_TD: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        objective: Objective,
+        temperature: float,
+        nonfinite: str,
+        entropy_bonus: float,
+    ) -> LinearPolicyLoss:
+        spread = isinstance(head[0], DTensor)
+        if spread:
+            roots = self._spread_logprobs(batch, micro, hidden_TD, head, temperature)
+        else:
+            roots = [hidden_TD, *(part for part in head if part is not None)]
         try:
+            if spread and len(micro.outside):
+                return self._spread_loss(batch, micro, *roots, objective, nonfinite, entropy_bonus)
             if len(micro.outside):
-                return super()._loss(batch, micro, hidden_TD, head, *rest)
-        except (
-            Exception
-        ) as error:  # `_collect` raises it on all ranks: now the others are in the backward's collectives
+                return super()._loss(batch, micro, hidden_TD, head, objective, temperature, nonfinite, entropy_bonus)
+        except Exception as error:  # the others go on to the backward's collectives: `_collect` raises it on all ranks
             self._error = self._error or error
         nothing = torch.zeros(len(micro.outside))
-        loss = sum(0.0 * part.float().sum() for part in (hidden_TD, *head) if part is not None)
-        return LinearPolicyLoss(loss, nothing, nothing, nothing, 0)
+        return LinearPolicyLoss(sum(0.0 * root.float().sum() for root in roots), nothing, nothing, nothing, 0)
 
-    def _logprobs(self, batch: Batch, micro: _MicroBatch, *rest: Any) -> tuple[Tensor, Tensor]:
+    def _spread_logprobs(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        hidden_TD: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Under a head that is not gathered. Every rank must come here, with or without tokens."""
+        weight_VD, bias_V = head
+        return vocabulary_logprobs(
+            hidden_TD,
+            weight_VD.to_local(),
+            batch.targets_T[micro.outside].to(self._device),
+            vocabulary=len(weight_VD),
+            group=self._group,
+            bias_U=None if bias_V is None else bias_V.to_local(),
+            temperature=temperature / self._logit_scale,
+            memory_budget=min(MEMORY_BUDGET, self._head_gather_bytes),
+        )
+
+    def _spread_loss(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        logprobs_T: Tensor,
+        entropy_T: Tensor,
+        objective: Objective,
+        nonfinite: str,
+        entropy_bonus: float,
+    ) -> LinearPolicyLoss:
+        columns = {name: c[micro.outside].to(self._device) for name, c in batch.columns.items()}
+        weights_T = batch.weights_T[micro.outside].to(self._device)
+        given = {"columns": columns, "weights_T": weights_T, "nonfinite": nonfinite}
+        if is_sequence_level(objective):
+            return sequence_loss(objective, logprobs_T, entropy_T, **given)
+        return token_loss(objective, logprobs_T, entropy_T, entropy_coef=entropy_bonus, **given)
+
+    def _logprobs(
+        self,
+        batch: Batch,
+        micro: _MicroBatch,
+        hidden_TD: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(head[0], DTensor):
+            return self._spread_logprobs(batch, micro, hidden_TD, head, temperature)
         try:
-            return super()._logprobs(batch, micro, *rest)
+            return super()._logprobs(batch, micro, hidden_TD, head, temperature)
         except Exception as error:
             self._error = self._error or error
             return torch.zeros(len(micro.outside)), torch.zeros(len(micro.outside))
@@ -204,6 +267,8 @@ class ShardedLearner(LocalLearner):
         if self._tied:  # the root group has gathered it for the embedding, and holds it until the backward is over
             return models.causal_lm(model).get_input_embeddings().weight, None
         weight_VD, bias_V = models.head_of(model)
+        if weight_VD.numel() * self._head_type.itemsize > self._head_gather_bytes:
+            return weight_VD, bias_V  # as they are sharded: `_loss` and `_logprobs` take the other way
         return self._gather(weight_VD), None if bias_V is None else self._gather(bias_V)
 
     def _gather(self, sharded: Tensor) -> Tensor:
