@@ -8,8 +8,8 @@ p − onehot meets the head and the hidden states, and the next chunk overwrites
     dHidden_t = k_t · (p_t − onehot) @ head          dHead = Σ_t (p_t − onehot)ᵀ (k_t · hidden_t)
 
 In float32 the row scale k is put on the small factors, and never costs a pass over the logits. A bf16 head has its
-logits in float32 (bf16 logits would be wrong by 1 part in 256) and multiplies bf16 dlogits, which carry k because
-scaling the small factors would round them once more. Rows with k = 0 are moved out before these two products.
+logits in float32 (bf16 logits would be wrong by 1 part in 256) and multiplies bf16 dlogits; these carry k, because
+rounding them takes a pass anyway. Rows with k = 0 are moved out before these two products.
 
 dHead accumulates in float32. A bf16 dHead of few chunks, or one whose float32 copy does not fit into half of the memory
 budget, accumulates in bf16 instead, as `.grad` does over micro-batches: each chunk rounds it once.
