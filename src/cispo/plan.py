@@ -447,10 +447,10 @@ def lines(config: Config, options: PlanOptions, plan: Plan) -> Iterator[str]:
     yield f"  {plan.transfer_s:8.1f}  s for {plan.weight_bytes / GIB:.1f} GiB of weights to reach all engines"
     how = f"at most {config.asynchrony.max_staleness} stale" if config.asynchrony.max_staleness else "synchronous"
     yield f"  {plan.step_s:8.1f}  s in all ({how})"
-    late, early = ("samplers", "learner") if plan.sample_s > plan.train_s else ("learner", "samplers")
+    late, early = ("sampling", "training") if plan.sample_s > plan.train_s else ("training", "sampling")
     ratio = max(plan.sample_s, plan.train_s) / max(1e-9, min(plan.sample_s, plan.train_s))
     if config.asynchrony.max_staleness:
-        yield f"            the {late} take {ratio:.1f} × as long as the {early}"
+        yield f"            {late} takes {ratio:.1f} × as long as {early}"
         best = best_division(config, options)
         if best is not None and best.step_s < 0.9 * plan.step_s:
             yield (
