@@ -133,6 +133,7 @@ class _InProcess:
             weight_transfer_config={"backend": BACKEND if config.weight_transfer == "file" else config.weight_transfer},
             block_size=32 if self._on_cpu else None,  # what samples share is whole blocks; the CPU's default is 128
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=0,
         )
         self._threads = threads
