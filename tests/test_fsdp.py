@@ -115,7 +115,7 @@ def cases():
             share=draw.random(),
             calls=draw.randint(1, 2),
         )
-        for i in range(12)
+        for i in range(8)
     }
     gspo = AlgorithmConfig(objective=GspoObjective(), reduction="sequence")
     return found | {

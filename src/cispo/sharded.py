@@ -31,7 +31,7 @@ from cispo import model as models
 from cispo.batching import micro_batches
 from cispo.config import LearnerConfig
 from cispo.head import LinearPolicyLoss
-from cispo.head.vocabulary import MEMORY_BUDGET, token_loss, vocabulary_logprobs
+from cispo.head.vocabulary import MEMORY_BUDGET, all_gather_rows, reduce_scatter_rows, token_loss, vocabulary_logprobs
 from cispo.learner import LocalLearner, _MicroBatch, _Output, sequence_loss
 from cispo.objectives import is_sequence_level
 from cispo.types import Batch, ConfigError, DataError, LossOutput, Objective
@@ -340,14 +340,14 @@ class _Gather(torch.autograd.Function):
         ctx.rows, ctx.group, ctx.local, ctx.dtype = rows, group, len(local), local.dtype
         chunk = math.ceil(rows / group.size())
         whole = local.new_empty((chunk * group.size(), *local.shape[1:]), dtype=dtype)
-        dist.all_gather_into_tensor(whole, _padded(local.to(dtype), chunk), group=group)
+        all_gather_rows(whole, _padded(local.to(dtype), chunk), group=group)
         return whole[:rows]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         chunk = math.ceil(ctx.rows / ctx.group.size())
         own = gradient.new_empty((chunk, *gradient.shape[1:]), dtype=torch.float32)
-        dist.reduce_scatter_tensor(own, _padded(gradient.float(), chunk * ctx.group.size()), group=ctx.group)
+        reduce_scatter_rows(own, _padded(gradient.float(), chunk * ctx.group.size()), group=ctx.group)
         return own[: ctx.local].to(ctx.dtype), None, None, None
 
 

@@ -44,6 +44,11 @@ def vocabulary_logprobs(
     return _Logprobs.apply(hidden_TD, head_UD, bias_U, targets_T, vocabulary, group, temperature, memory_budget)
 
 
+# torch 2.13 has renamed these two.
+all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Pass:
     """One pass over all ranks' tokens, C of each rank at a time."""
 
@@ -68,7 +73,7 @@ class _Pass:
         if len(own) < self.C:
             own = torch.cat([own, own.new_zeros((self.C - len(own), *own.shape[1:]))])
         whole = own.new_empty((self.C * self.group.size(), *own.shape[1:]))
-        dist.all_gather_into_tensor(whole, own.contiguous(), group=self.group)
+        all_gather_rows(whole, own.contiguous(), group=self.group)
         return whole
 
     def own(self, whole: Tensor, chunk: slice) -> Tensor:
@@ -133,7 +138,7 @@ class _Logprobs(torch.autograd.Function):
             if dbias_U is not None:
                 dbias_U += d_NU.sum(0)
             dhidden_CD = hidden_ND.new_empty((run.C, hidden_ND.shape[1]))
-            dist.reduce_scatter_tensor(dhidden_CD, d_NU @ run.head_UD, group=run.group)
+            reduce_scatter_rows(dhidden_CD, d_NU @ run.head_UD, group=run.group)
             dhidden_TD[chunk] = dhidden_CD[: len(targets_T[chunk])].to(dhidden_TD.dtype)
         dbias_U = None if bias_U is None else dbias_U.to(bias_U.dtype)
         return dhidden_TD, dhead_UD.to(head_UD.dtype), dbias_U, *(None,) * 5
