@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status of a run that Ctrl-C ended, as a shell gives it."""
 
-FREE_ON_RESUME = ("run_dir", "steps", "threads", "checkpoint", "track", "learner")
+FREE_ON_RESUME = ("run_dir", "steps", "threads", "checkpoint", "track", "learner", "cluster", "vllm")
 """What may differ between a checkpoint's config and the one that resumes it, because no result so far depends on it."""
 
 
@@ -226,6 +226,8 @@ def build_sampler(
     config: Config, path: str | Path, loaded: LoadedModel | None, learner: Learner, stack: contextlib.ExitStack
 ) -> Sampler:
     """In turn with the learner and on its weights (`loaded`), beside it in a process of its own, or vLLM."""
+    import torch
+
     from cispo import model as models
     from cispo.sampling.local import LocalSampler
     from cispo.sampling.process import ProcessOptions, ProcessSampler
@@ -247,6 +249,7 @@ def build_sampler(
             path,
             config.vllm,
             reference=learner_logprobs(learner),
+            dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
             tokenizer=models.load_tokenizer(path),
             in_flight=asynchrony.in_flight_weight_updates,
             recompute_kv=asynchrony.recompute_kv,
@@ -254,6 +257,8 @@ def build_sampler(
             seed=config.seed,
         )
         stack.callback(sampler.close)
+        # A server's weights are whatever it was left with, and the first probe should come before the first rollout.
+        sampler.update_weights(learner.weights(), sampler.version)
         return sampler
     sampler = ProcessSampler(
         ProcessOptions(
