@@ -1,8 +1,8 @@
 """How fast a Tinker-compatible server is, measured with the real SDK from outside.
 
 Any base URL can be measured; without one, a server of ours is started as a process of its own, with its log on disk as
-always. Times are medians over warm calls of one client that waits for each result; `first` is the very first call of its
-shape. Overhead is what a call takes that has next to nothing to compute. Left out on purpose: quality.
+always. Times are medians over warm calls of one client that waits for each result; `first` is the very first call of
+its shape. Overhead is what a call takes that has next to nothing to compute. Left out on purpose: quality.
 
     cispo bench server
     cispo bench server --base-url http://localhost:8000 --base-model think
@@ -81,9 +81,7 @@ def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str
     service = connect()
 
     def new_run(client: Any, seed: int) -> Any:
-        return client.create_lora_training_client(
-            base_model=options.base_model, rank=options.rank, seed=seed
-        ).result()
+        return client.create_lora_training_client(base_model=options.base_model, rank=options.rank, seed=seed).result()
 
     run = new_run(service, 0)
     data = _datums(options.batch, options.length, 0)

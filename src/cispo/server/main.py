@@ -103,7 +103,7 @@ def serve(options: ServeOptions) -> int:
     settings = EngineSettings(
         micro_batch_tokens=options.micro_batch_tokens,
         max_batch_rows=options.max_batch_rows,
-        steps_per_poll=4,
+        steps_per_poll=8,
         adapter_bytes=int(options.adapter_memory_gib * GIB),
         cut_every=options.cut_every,
     )
