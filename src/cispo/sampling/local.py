@@ -89,9 +89,9 @@ class LocalSampler:
     tokenizer: needed for stop strings only.
     max_batch_rows: rows in flight. max_kv_tokens: slots × columns of the key/value memory; by default what 4 GiB hold.
     A request larger than either is worked off in parts. max_prefill_tokens: tokens, padding included, in one pass over
-    prompts. share_prompts_from: tokens from which the samples of a prompt share its keys and values; those of shorter
-    ones are copied to each sample, which costs less than arranging to share them. steps_per_poll: `poll` returns after
-    this many decode steps, or as soon as a request has finished.
+    prompts. share_prompts_from: tokens of keys and values that sharing a prompt among its samples must save,
+    (samples − 1) × length; below that the prompt is copied to each, which costs less than arranging to share it.
+    steps_per_poll: `poll` returns after this many decode steps, or as soon as a request has finished.
     eos_token_ids: what ends a completion when its `stop_token_ids` is None; by default the EOS ids of the model's
     generation config and config (the tokenizer's where these name none).
     share_weights: sample from `model` itself, whose weights the learner changes in place, and `update_weights(None, v)`
@@ -112,7 +112,7 @@ class LocalSampler:
         max_batch_rows: int = 512,
         max_kv_tokens: int | None = None,
         max_prefill_tokens: int = 8192,
-        share_prompts_from: int = 64,
+        share_prompts_from: int = 128,
         steps_per_poll: int = 8,
         eos_token_ids: Sequence[int] | None = None,
         share_weights: bool = True,
@@ -473,14 +473,14 @@ class LocalSampler:
 
     def _admission(self, need: _Need, entry: _Entry) -> tuple[_Need, int, bool]:
         """How to admit rows of `entry` beside `need`: what its sequence adds, how many slots are free then, and whether
-        the sequence is shared. That is for long ones with several rows, and for those whose rows do not all fit: the
+        the sequence is shared. That is for those where it saves enough, and for those whose rows do not all fit: the
         rest can then join without running it again."""
         room = self.max_batch_rows - need.rows
         if entry.prefixes:
             ways = [(True, room)]
         elif not self._shared:
             ways = [(False, room)]
-        elif len(entry.rows) > 1 and len(entry.tokens) >= self.share_prompts_from:
+        elif (len(entry.rows) - 1) * len(entry.tokens) >= self.share_prompts_from:
             ways = [(True, room), (True, _SHARE)]  # where copies of the prefix do not fit, one may
         else:
             ways = [(False, room), (True, room), (True, _SHARE)]
