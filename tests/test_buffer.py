@@ -81,7 +81,10 @@ def test_a_restored_buffer_goes_on_where_it_stopped():
     buffer.put(group(2, 0))
     other = Buffer(2, 1)
     other.restore(
-        admitted=buffer.admitted, next_number=buffer.next_number, outstanding=buffer.outstanding, finished=buffer.finished
+        admitted=buffer.admitted,
+        next_number=buffer.next_number,
+        outstanding=buffer.outstanding,
+        finished=buffer.finished,
     )
     for b in (buffer, other):
         b.put(group(0, 0))

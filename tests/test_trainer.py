@@ -138,6 +138,15 @@ def test_ctrl_c_once_saves_and_says_how_to_resume(base_folder, tmp_path):
     assert checkpoint.latest(tmp_path / "run").name == f"step-{done:06d}"
 
 
+def test_cispo_leaves_gradient_on_tokens_that_ppo_silences(base_folder, tmp_path):
+    words = ["--rollout.groups_per_step", "16", "--algorithm.updates_per_rollout", "16", "--steps", "2",
+             "--eval.every", "0", "--optimizer.learning_rate", "3e-4"]  # fmt: skip
+    for name, kind in (("cispo", []), ("ppo", ["--algorithm.objective.type", "ppo_clip"])):
+        record = lines(train(tmp_path / name, *words, *kind))[-1]
+        assert record["clip/ppo_silenced"] > 0.01
+        assert (record["clip/gradient_on_silenced"] > 0.01) is (name == "cispo")
+
+
 def test_stale_rollouts_stay_within_the_bound_and_still_learn(base_folder, tmp_path):
     run_dir = cli.train(
         configs.load(

@@ -309,14 +309,14 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
     console = console or Console(stderr=True)
     if resume and not config.run_dir:
         raise ConfigError("run_dir: missing; resuming needs the folder of the run")
+    if cluster_follower(config, console):
+        return Path(config.run_dir or "")
     run_dir = Path(config.run_dir) if resume else new_run_dir(config)
     folder = checkpoint.latest(run_dir) if resume else None
     if folder is not None:
         check_same(config, run_dir)
     for warning in configs.warnings(config):
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
-    if cluster_follower(config, console):
-        return run_dir
     screen = Screen(console, steps=config.steps, thinks=config.task.type == "think")
     for restarts_left in reversed(range(config.cluster.max_learner_restarts + 1)):
         trainer, close = compose(config, run_dir, screen, console)

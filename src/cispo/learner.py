@@ -240,7 +240,7 @@ class LocalLearner:
         for name, master in self._named_masters():
             entries = {key.partition(":")[0]: value for key, value in state.items() if key.partition(":")[2] == name}
             if entries:
-                self._optimizer.state[master] = {k: v if k != "step" else v.to("cpu") for k, v in entries.items()}
+                self._optimizer.state[master] = entries
 
     def export(self, folder: Path, *, merge: bool = True) -> None:
         models.export(self.model, self.loaded.tokenizer, folder, merge=merge)

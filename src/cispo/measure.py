@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo import objectives
 from cispo.config import AlgorithmConfig, CispoObjective, PpoClipObjective
-from cispo.metrics import dump_line, ratio_metrics, sampler_kl_metrics
+from cispo.metrics import dump_line, ppo_silences, ratio_metrics, sampler_kl_metrics
 from cispo.rollout import is_correct
 from cispo.types import Batch, Group, LossOutput
 
@@ -87,7 +87,9 @@ def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, Any]:
     }
 
 
-def token_metrics(updates: Sequence[Update], algorithm: AlgorithmConfig) -> dict[str, float]:
+def token_metrics(
+    updates: Sequence[Update], algorithm: AlgorithmConfig, objective: objectives.BoundObjective
+) -> dict[str, float]:
     """Ratio, clipping, divergence and entropy over the tokens that went through the model in a step's updates."""
     ratios, low, high = [], *_bounds(algorithm)
     for update in updates:
@@ -96,8 +98,11 @@ def token_metrics(updates: Sequence[Update], algorithm: AlgorithmConfig) -> dict
     evaluated = torch.cat(ratios)
     signs = torch.cat([u.column("advantages") for u in updates])
     entropy = [u.output.entropy_T[u.output.evaluated_T] for u in updates]
+    pushes = torch.cat([push(update, objective) for update in updates]).abs()
+    silenced = ppo_silences(evaluated, signs)
     metrics = {
         **ratio_metrics(evaluated, signs, low, high),
+        "clip/gradient_on_silenced": float(pushes[silenced].sum() / pushes.sum().clamp_min(1e-300)),
         "ratio/last_update_mean": float(ratios[-1].mean()),
         "ratio/last_update_max": float(ratios[-1].max()),
         "policy/entropy": float(torch.cat(entropy).mean()),
@@ -121,6 +126,15 @@ def token_metrics(updates: Sequence[Update], algorithm: AlgorithmConfig) -> dict
         ]
         metrics["kl/reference"] = float(torch.cat(estimates).mean())
     return metrics
+
+
+def push(update: Update, objective: objectives.BoundObjective) -> Tensor:
+    """−∂loss/∂log π of each evaluated token of an update, its weight included, by autograd of the objective."""
+    logprobs_N = update.output.logprobs_T[update.output.evaluated_T].double().requires_grad_()
+    weights_N = update.batch.weights_T[update.output.evaluated_T]
+    loss_N = objective(logprobs_N, **{name: update.column(name) for name in objective.columns})
+    (gradient_N,) = torch.autograd.grad((weights_N * loss_N).sum(), logprobs_N)
+    return -gradient_N.nan_to_num()  # a token that algorithm.nonfinite: drop left out
 
 
 def _bounds(algorithm: AlgorithmConfig) -> tuple[float, float]:

@@ -74,6 +74,7 @@ NAMES: dict[str, str] = {
     "clip/outside": "share of trained tokens outside the band, either side, any sign of A (miles' and verl's clipfrac)",
     "clip/above_and_positive": "share of trained tokens with A > 0 and above the cap (TRL's cispo_clip_ratio)",
     "clip/ppo_silenced": "share of trained tokens whose gradient PPO's 0.8/1.2 clip would have removed",
+    "clip/gradient_on_silenced": "share of the gradient, Σ|∂loss/∂log π|, on those tokens; 0 under that PPO",
     "ess": "effective sample size (Σw)²/(N Σw²) of the clipped weights w, a share of N",
     "kl/sampler_k1": "sampler to trainer, k1: mean of log μ − log π at the first update",
     "kl/sampler_k3": "the same by k3, exp(d) − 1 − d with d = log π − log μ",
@@ -121,7 +122,7 @@ def ratio_metrics(
     above, below = ratio_N > high, ratio_N < low
     weight_N = ratio_N.clamp(low, high)
     quantiles = torch.quantile(_thinned(ratio_N), torch.tensor([0.5, 0.99], dtype=torch.float64))
-    silenced = (positive & (ratio_N > ppo_bounds[1])) | (negative & (ratio_N < ppo_bounds[0]))
+    silenced = ppo_silences(ratio_N, advantages_N, ppo_bounds)
     metrics = {
         "ratio/mean": ratio_N.mean(),
         "ratio/p50": quantiles[0],
@@ -139,6 +140,11 @@ def ratio_metrics(
             metrics[f"clip/above_{sign}"] = above[rows].double().mean()
             metrics[f"clip/below_{sign}"] = below[rows].double().mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def ppo_silences(ratio_N: Tensor, advantages_N: Tensor, bounds: tuple[float, float] = (0.8, 1.2)) -> Tensor:
+    """Where PPO's clip leaves no gradient: A > 0 above the upper bound, A < 0 below the lower one."""
+    return ((advantages_N > 0) & (ratio_N > bounds[1])) | ((advantages_N < 0) & (ratio_N < bounds[0]))
 
 
 def sampler_kl_metrics(logprobs_N: Tensor, sampler_logprobs_N: Tensor) -> dict[str, float]:

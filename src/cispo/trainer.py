@@ -129,6 +129,8 @@ class Trainer:
         with _interrupts(self):
             if self.step == 0 and every_eval:
                 self._write({"step": 0, "updates": 0, **self._evaluate()})
+            if self.step == 0 and self._config.cluster.kind != "none":
+                self.save()  # ranks that are lost before the first checkpoint go on from here
             while self.step < self._config.steps and not self._interrupted:
                 metrics = self._one_step()
                 if metrics is None:
@@ -345,7 +347,7 @@ class Trainer:
             "optim/grad_norm_max": max(u.grad_norm for u in updates),
             "optim/learning_rate": self._last_rate(),
             **step.measured,
-            **(token_metrics(trained, self._config.algorithm) if trained else {}),
+            **(token_metrics(trained, self._config.algorithm, self._objective) if trained else {}),
         }
         metrics["time/step_s"] = timer.total
         return metrics
