@@ -151,7 +151,8 @@ def shared_attention(
     functions. query: [B, query heads, S, width]; key, value: the slots, [B, heads, columns, width]; attention_mask:
     additive, [B, 1, S, prefix columns + slot columns]. Returns [B, S, query heads, width].
 
-    Scores are softmaxed in float32. Raises NotImplementedError for attention sinks and position biases.
+    Scores and sums are float32 whatever the model's dtype. Raises NotImplementedError for attention sinks and position
+    biases.
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -164,18 +165,27 @@ def shared_attention(
     prefix_keys, prefix_values = (
         x[: sharing.N, :, :Lp].flatten(0, 1) for x in (layer.prefix_keys, layer.prefix_values)
     )
-    scores = query.new_empty(B * H, M, L)
-    scores[:, :, :Lp] = sharing.scatter(torch.bmm(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M)
-    scores[:, :, Lp:] = torch.bmm(query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2))
+    scores = query.new_empty(B * H, M, L, dtype=torch.float32)
+    scores[:, :, :Lp] = sharing.scatter(_product(sharing.gather(query), prefix_keys.transpose(1, 2)), H, M)
+    scores[:, :, Lp:] = _product(query.view(B * H, M, D), key.flatten(0, 1).transpose(1, 2))
     scores = scores.mul_(D**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores.view(B, queries, S, L).add_(attention_mask)
-    probs = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = torch.bmm(probs[:, :, Lp:], value.flatten(0, 1))
-    of_prefix = torch.bmm(sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values)
+    probs = scores.softmax(-1).to(value.dtype)
+    out = _product(probs[:, :, Lp:], value.flatten(0, 1))
+    of_prefix = _product(sharing.gather(probs.view(B, H, M, L)[..., :Lp]), prefix_values)
     out += sharing.scatter(of_prefix, H, M)
-    return out.view(B, queries, S, -1).transpose(1, 2).contiguous(), None
+    return out.to(value.dtype).view(B, queries, S, -1).transpose(1, 2).contiguous(), None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, as fused attention adds up; a half-precision product would round every score."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.is_cuda and "dtype" in torch.ops.aten.bmm.overloads():
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 AttentionInterface.register(SHARED_ATTENTION, shared_attention)
