@@ -557,7 +557,8 @@ def stale_logprobs(before, after, prompt, tokens, switch):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("name", "share_from"), [("qwen3", 1), ("gemma3", 10), ("gpt-oss", 1), ("gpt2", 1000)])
-def test_rows_in_flight_go_on_under_new_weights(name, share_from, recompute):
+def test_rows_in_flight_go_on_under_new_weights(name, share_from, recompute, monkeypatch):
+    monkeypatch.setattr("cispo.sampling.local._SCORES_AT_ONCE", 400)  # several slices of a row's tokens
     before, model = make_model(name), make_model(name)
     sampler = LocalSampler(
         model,
@@ -567,10 +568,10 @@ def test_rows_in_flight_go_on_under_new_weights(name, share_from, recompute):
         max_batch_rows=8,
         share_prompts_from=share_from,
     )
-    requests = [request(i, range(3, 6 + 4 * i), 3, max_tokens=6 + i, stop_token_ids=()) for i in range(4)]
+    requests = [request(i, range(3, 6 + 4 * i), 3, max_tokens=9 + i, stop_token_ids=()) for i in range(4)]
     for one in requests:
         sampler.submit(one)
-    results = [*sampler.poll(), *sampler.poll()]
+    results = [result for _ in range(5) for result in sampler.poll()]
     nudged(model)
     sampler.update_weights(None, 4)
     while sampler.pending:

@@ -124,14 +124,16 @@ class Decode:
 
 
 class Extend:
-    """Several tokens for each of the slots `rows` (int64), written from column 0 on: all that they drew, at once."""
+    """Several tokens for each of the slots `rows` (int64), written at columns `begin` to `end`."""
 
-    def __init__(self, sharing: Sharing, rows: Tensor):
-        self.sharing, self.rows, self.past = sharing, rows, sharing.columns
+    def __init__(self, sharing: Sharing, rows: Tensor, begin: int, end: int):
+        self.sharing, self.rows, self.begin, self.end = sharing, rows, begin, end
+        self.past = sharing.columns + begin
 
     def place(self, layer: SlotLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        layer.keys[self.rows, :, : keys.shape[2]] = keys
-        layer.values[self.rows, :, : keys.shape[2]] = values
+        layer.keys[self.rows, :, self.begin : self.end] = keys
+        layer.values[self.rows, :, self.begin : self.end] = values
+        keys, values = layer.keys[self.rows, :, : self.end], layer.values[self.rows, :, : self.end]
         keys.slot_layer, keys.slot_sharing = layer, self.sharing
         return keys, values
 

@@ -10,7 +10,6 @@ Left out on purpose: other processes (vllm.py, cluster.py), beam search, specula
 from __future__ import annotations
 
 import contextlib
-import copy
 import heapq
 import inspect
 import logging
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from cispo.sampling.cache import SHARED_ATTENTION, Decode, Extend, Prefill, Sharing
+from cispo.sampling.decoder import attention_kinds, base, decoder_config, eos_ids, load_weights, own_copy, token_bytes
 from cispo.sampling.draw import Filters, draw, uniforms
 from cispo.sampling.slots import (
     COLUMN,
@@ -46,9 +46,9 @@ from cispo.types import Completion, ConfigError, DataError, NonFiniteError, Samp
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _DEFAULT_KV_BYTES = 4 << 30
 _LOGITS_AT_ONCE = 1 << 26  # of a prompt's positions × vocabulary
+_SCORES_AT_ONCE = 1 << 26  # of attention, where rows' tokens are computed again over a shared prefix
 _GROWTH = 32  # columns that a store grows by, at least
 _SHARE = 32  # rows on one copy of a prefix: bounds the padding where groups are of unequal size
 _STOPPED, _BROKEN = 1, 2  # a row's status after a draw
@@ -136,18 +136,18 @@ class LocalSampler:
         self.max_batch_rows, self.max_prefill_tokens = (max_batch_rows, max_prefill_tokens)
         self.share_prompts_from, self.steps_per_poll = (share_prompts_from, steps_per_poll)
         self.recompute_kv_on_update = recompute_kv_on_update
-        self.model = model if share_weights else _own_copy(model)
-        self.config = _decoder_config(self.model)
+        self.model = model if share_weights else own_copy(model)
+        self.config = decoder_config(self.model)
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        self.eos_token_ids = _eos_ids(self.model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
+        self.eos_token_ids = eos_ids(self.model, tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._device = self.model.get_input_embeddings().weight.device
         self._dtype = self.model.dtype
-        self._kinds = _attention_kinds(self.config)
+        self._kinds = attention_kinds(self.config)
         self._window = getattr(self.config, "sliding_window", None)
         self._chunk = getattr(self.config, "attention_chunk_size", None)
         self._filler = 1 if getattr(self.config, "pad_token_id", None) == 0 and self.vocab_size > 1 else 0
-        self._head_by_row = "logits_to_keep" in inspect.signature(_base(self.model).forward).parameters
+        self._head_by_row = "logits_to_keep" in inspect.signature(base(self.model).forward).parameters
         self._seeds = random.Random(seed)
         self._slots = Slots(self.config.num_hidden_layers, self._device)
         self._waiting: deque[_Entry] = deque()
@@ -159,7 +159,7 @@ class LocalSampler:
         self._how: dict | None = None  # how the rows in flight are drawn; None: ask again
         self._token_text: dict[int, str] = {}
         self._shared = self.config._attn_implementation in ("sdpa", "eager")
-        self._token_bytes = _token_bytes(self.config, self._dtype)
+        self._token_bytes = token_bytes(self.config, self._dtype)
         if check_model:
             self._check_model()
         self.max_kv_tokens = max_kv_tokens or max(1, _DEFAULT_KV_BYTES // self._token_bytes)
@@ -290,7 +290,7 @@ class LocalSampler:
                     "update_weights got weights, but this sampler shares the learner's, which they would overwrite: "
                     "pass None, or construct it with share_weights=False"
                 )
-            _load(self.model, weights)
+            load_weights(self.model, weights)
         self.version = version
         self._stale = True
         slots = self._slots
@@ -347,8 +347,9 @@ class LocalSampler:
         status = status_B.cpu().numpy()  # the step's one question to the device
         slots.used[new] += 1
         if slots.watched[new].any():
+            newest = tokens_B.tolist()
             for i in np.flatnonzero(slots.watched[new] & (status == 0)):
-                if self._string_ends(new.start + int(i)):
+                if self._string_ends(new.start + int(i), newest[i]):
                     status[i] = _STOPPED
         ended = np.flatnonzero(slots.live[new] & ((status > 0) | (slots.used[new] >= slots.limit[new])))
         if len(ended):
@@ -411,13 +412,12 @@ class LocalSampler:
             "precision"
         )
 
-    def _string_ends(self, slot: int) -> bool:
+    def _string_ends(self, slot: int, newest: int) -> bool:
         """Whether the newest token completes one of the row's stop strings."""
-        written = self._slots.written(slot)
         stops = self._slots.rows[slot].job.request.params.stop
-        text = self._token_text.get(written[-1])
+        text = self._token_text.get(newest)
         if text is None:
-            text = self._token_text[written[-1]] = self._decode(written[-1:])
+            text = self._token_text[newest] = self._decode([newest])
         # A string can only end here when its last character is in the newest token's text. Bytes of an unfinished
         # character, and blanks that a tokenizer strips from a lone token, are no evidence: decode then.
         if text and "\ufffd" not in text and not any(stop[-1] in text or stop[-1].isspace() for stop in stops):
@@ -425,8 +425,9 @@ class LocalSampler:
         longest = max(map(len, stops))
         size = longest + 8
         while True:
-            tail = self._decode(written[-size:])
-            if size >= len(written) or len(tail) >= longest + len(text) + 4:
+            tokens = self._slots.tail(slot, size)
+            tail = self._decode(tokens)
+            if len(tokens) < size or len(tail) >= longest + len(text) + 4:
                 return any(stop in tail for stop in stops)
             size *= 2
 
@@ -592,12 +593,16 @@ class LocalSampler:
         drawn = slots.used[: slots.n] - 1
         written = [slot for slot in range(slots.n) if slots.group[slot] >= 0 and drawn[slot] > 0]
         for batch in self._by_length(written, key=lambda slot: int(drawn[slot])):
-            S = int(drawn[batch].max())
+            S, at = int(drawn[batch].max()), self._tensor(batch)
             sharing = Sharing(slots.group[batch], lengths, self._device)
-            slots.cache.plan = Extend(sharing, self._tensor(batch))
-            position_BS = sharing.length_B[:, None] + torch.arange(S, device=self._device)
-            position_BS = position_BS.clamp(max=(self.context_length or 1 << 62) - 1)  # of the padding
-            self._forward(slots.ids[self._tensor(batch), :S], position_BS, self._mask(sharing, position_BS, S))
+            scores = len(batch) * self.config.num_attention_heads * (sharing.columns + S)
+            step = max(1, _SCORES_AT_ONCE // scores)
+            for begin in range(0, S, step):
+                end = min(begin + step, S)
+                slots.cache.plan = Extend(sharing, at, begin, end)
+                position_BS = sharing.length_B[:, None] + torch.arange(begin, end, device=self._device)
+                position_BS = position_BS.clamp(max=(self.context_length or 1 << 62) - 1)  # of the padding
+                self._forward(slots.ids[at, begin:end], position_BS, self._mask(sharing, position_BS, end))
 
     def _refill(self, sequences: list[tuple[int, ...]], prefixes: Tensor, rows: Tensor) -> None:
         """Write these sequences' keys and values to these prefixes, or to these slots."""
@@ -620,8 +625,7 @@ class LocalSampler:
     def _make_room(self) -> None:
         """Widen the slots for one more token per row; where memory ends, the newest rows return to the queue."""
         slots = self._slots
-        need = self._need()
-        if need.used <= slots.cache.row_sides[1]:
+        if slots.used[: slots.n].max() <= slots.cache.row_sides[1]:
             return
         self._compact()
         need = self._need()
@@ -812,7 +816,7 @@ class LocalSampler:
         row's prefix copied in every step: slower, and as right."""
         if self.context_length is not None and self.context_length < 7:
             return
-        name = type(_base(self.model)).__name__
+        name = type(base(self.model)).__name__
         tolerance = 0.01 if self._dtype in (torch.float32, torch.float64) else 0.2
         problem = self._problem(tolerance, shared=False)
         if problem:
@@ -904,13 +908,6 @@ def _limit(request: SampleRequest) -> int:
     return len(request.prompt) + request.params.max_tokens
 
 
-def _token_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token, as the config has it."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
-
-
 def _versions(spans: list[tuple[int, int]], length: int) -> tuple[int, ...]:
     """Spread (tokens written before, version) over the tokens."""
     if len(spans) == 1:
@@ -927,73 +924,3 @@ def _padded(sequences: Sequence[Sequence[int]], filler: int) -> np.ndarray:
     for row, tokens in zip(out, sequences, strict=True):
         row[: len(tokens)] = tokens
     return out
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The `transformers` model inside a peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _decoder_config(model: nn.Module):
-    """The config of the decoder. Raises ConfigError where its state is more than keys and values."""
-    base = _base(model)
-    name = type(base).__name__
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise ConfigError(f"model {name} is an encoder-decoder; LocalSampler continues prompts with decoders only")
-    config = base.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS
-    if kinds or getattr(base, "_is_stateful", False):
-        found = ", ".join(sorted(kinds)) or "recurrent state"
-        raise ConfigError(
-            f"model {name} has layers whose cache is not plain attention ({found}); LocalSampler handles "
-            f"{', '.join(sorted(_ATTENTION_KINDS))}. Sample from it with another engine"
-        )
-    return config
-
-
-def _attention_kinds(config) -> list[str]:
-    """The kinds of mask that the model's layers ask for, as `transformers.masking_utils.create_masks_for_generate`."""
-    if getattr(config, "layer_types", None):
-        return sorted(set(config.layer_types))
-    if getattr(config, "sliding_window", None) is not None:
-        return ["sliding_attention"]
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return ["chunked_attention"]
-    return ["full_attention"]
-
-
-def _eos_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """The EOS ids of the generation config and of the config together; the tokenizer's where there are none."""
-    ids: list[int] = []
-    for source in (getattr(model, "generation_config", None), _base(model).config, _decoder_config(model)):
-        eos = getattr(source, "eos_token_id", None)
-        ids.extend([] if eos is None else [eos] if isinstance(eos, int) else eos)
-    if not ids and getattr(tokenizer, "eos_token_id", None) is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(int(eos) for eos in ids))
-
-
-def _own_copy(model: nn.Module) -> nn.Module:
-    """A frozen copy to sample from, adapters merged, so that its weights bear their `transformers` names."""
-    own = copy.deepcopy(model)
-    if hasattr(own, "merge_and_unload"):
-        own = own.merge_and_unload()
-    return own.requires_grad_(False).eval()
-
-
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    given = {own[name].data_ptr() for name in weights if name in own}
-    missing = [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
-    unknown = [name for name in weights if name not in own]
-    shapes = [name for name, tensor in weights.items() if name in own and tensor.shape != own[name].shape]
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
-        if names:
-            raise ConfigError(
-                f"update_weights: {len(names)} weights are {what} for the sampler's model "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); pass its state_dict's names and shapes. "
-                "Nothing was loaded"
-            )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)

@@ -144,9 +144,11 @@ class Slots:
         self._sharing = None
         return new
 
-    def written(self, slot: int) -> list[int]:
-        """All tokens that the row has drawn."""
-        return self.rows[slot].tokens + self.ids[slot, self.start[slot] : self.used[slot]].tolist()
+    def tail(self, slot: int, size: int) -> list[int]:
+        """The last `size` tokens that the row has drawn, or all of them."""
+        here = self.ids[slot, max(self.start[slot], self.used[slot] - size) : self.used[slot]].tolist()
+        before = self.rows[slot].tokens
+        return before[max(0, len(before) - size + len(here)) :] + here
 
     def drop(self, slots: np.ndarray) -> None:
         """Mark rows as finished. A dead row goes on from column 0, which keeps it inside its store, until `compact`
