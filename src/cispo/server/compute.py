@@ -5,6 +5,7 @@ Left out on purpose: who asked and in what order (`engine.py`), and drawing toke
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 from tinker.proto import tinker_public_pb2 as pb
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cispo import model as models
 from cispo.batching import micro_batches, pad_rows
 from cispo.config import ModelConfig
 from cispo.head import linear_logprobs, linear_policy_loss
+from cispo.head.matmul import fast_float32_matmul
 from cispo.objectives import is_sequence_level
 from cispo.sampling.draw import inverse_cdf, row_seed, uniforms
 from cispo.server.lora import Adapter, FrozenAdapter, LoraHost, LoraShape, SampleRoute, TrainRoute
@@ -26,6 +29,7 @@ from cispo.types import AdamParams
 
 _LOGITS_BYTES = 64 << 20
 _MAX_PADDING_SHARE = 0.25
+_SHORT = 256
 
 
 class ServedModel:
@@ -117,11 +121,22 @@ def _train(
         if number:
             yield []
         micro = sorted(rows[i] for i in chosen)
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), _kernels(max(lengths[i] for i in chosen)):
             losses = _micro_batch(served, parts, micro, outputs)
             if not forward_only:
                 torch.stack(losses).sum().backward()
     yield [output.done() for output in outputs]
+
+
+@contextlib.contextmanager
+def _kernels(longest: int) -> Iterator[None]:
+    """For short rows, plain attention and the CPU's faster product library, which flash attention's many small products
+    would make slower. Both depend on the shape alone, so that a pass that runs again is the same pass."""
+    if longest > _SHORT:
+        yield
+        return
+    with fast_float32_matmul(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _micro_batch(

@@ -39,7 +39,7 @@ from cispo.types import AdamParams, CispoError, NonFiniteError, SampleRequest, S
 
 log = logging.getLogger("cispo.server")
 
-GROUP_TOKENS = 1024
+GROUP_TOKENS = 2048
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
 CURVE_POINTS = 512
 
