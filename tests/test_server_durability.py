@@ -246,3 +246,23 @@ def test_a_write_that_fails_takes_back_only_itself_and_files_have_checksums(tmp_
         assert {row[0] for row in store.read("SELECT key FROM meta WHERE value='x'")} == {"1", "2", "3"}
     finally:
         store.close()
+
+
+@pytest.mark.slow
+def test_adapters_that_memory_does_not_hold_come_back_from_disk_unseen(tiny_folder, tmp_path):
+    """Room for about one adapter, three runs in turn: the same weights as with room for all."""
+    finals = []
+    for name, room in (("roomy", 1.0), ("tight", 1e-4)):
+        with serving(tmp_path / name, model=[f"tiny={tiny_folder}"], adapter_memory_gib=room) as server:
+            service = client_of(server)
+            runs = [service.create_lora_training_client(base_model="tiny", rank=4, seed=i).result() for i in range(3)]
+            for step in range(6):
+                for i, run in enumerate(runs):
+                    run.forward_backward(datums(2, 10 * step + i), "cispo").result()
+                    if step % 2:  # a gradient waits through evictions too
+                        run.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+            finals.append([stored(server, run.save_state("end").result().path) for run in runs])
+            metrics = server.request("GET", "/metrics")[1].decode()
+        loads = float(next(x for x in metrics.splitlines() if x.startswith("cispo_adapter_loads_total")).split()[1])
+        assert (loads > 0) == (name == "tight")
+    assert_same(*finals)
