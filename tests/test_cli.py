@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit statuses, messages, help."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -102,3 +103,42 @@ def test_jsonl_end_to_end(base_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     (last,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     assert last["eval/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model.device", "foo"], "model.device: 'foo' is not here"),
+        (["--model.attn_implementation", "flash_attention_2"], "cannot be loaded"),
+        (["--seed", "99999999999999999999"], "seed"),
+        (["--rollout.truncated_reward", ".nan"], "truncated_reward"),
+        (["--async.max_staleness", "1", "--async.sampler", "inline", "--async.in_flight_weight_updates", "false"],
+         "use async.sampler: process"),
+        (["--algorithm.objective", "{type: function, path: 'a:b', columns: [anchor]}"], "anchor_logprobs"),
+    ],
+)  # fmt: skip
+def test_bad_settings_end_in_one_message(base_folder, tmp_path, capsys, words, says):
+    assert cli.main(["train", "--run_dir", str(tmp_path / "run"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_below_a_file_is_refused_at_the_door(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", "--run_dir", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_tiny_keeps_what_was_asked_for(base_folder, tmp_path):
+    words = ["train", "--tiny", "--run_dir", str(tmp_path / "run"), "--steps", "1", "--eval.every", "0"]
+    assert cli.main(words) == 0
+    assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_torn_model_file_is_a_message(tiny_folder, tmp_path, capsys):
+    folder = tmp_path / "torn"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert cli.main(["train", "--model.path", str(folder), "--run_dir", str(tmp_path / "run")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err

@@ -117,7 +117,9 @@ def test_a_non_finite_value_at_a_trained_position_stops_or_is_dropped_and_counte
     with pytest.raises(NonFiniteError, match="anchor_logprobs"):
         learner.forward_backward(batch, OBJECTIVE)
     assert not gradients(learner)
-    assert learner.forward_backward(batch, OBJECTIVE, nonfinite="drop").dropped == 1
+    output = learner.forward_backward(batch, OBJECTIVE, nonfinite="drop")
+    assert output.dropped == 1
+    assert not output.evaluated_T[5] and int(output.evaluated_T.sum()) == 10  # and so in no metric
     assert all(bool(torch.isfinite(g).all()) for g in gradients(learner).values())
 
 

@@ -136,3 +136,16 @@ def test_asynchronous_training_keeps_its_bound_and_learns(base_folder, tmp_path)
     records = list(read_jsonl(cli.train(configs.load(None, words)) / "metrics.jsonl"))[1:]
     assert max(r["staleness/steps_max"] for r in records) == 1
     assert records[-1]["eval/accuracy"] >= 0.95
+
+
+def test_draining_more_than_a_pipe_holds_does_not_stop(tiny_folder):
+    """The child hands over while the parent waits for it to take the weights."""
+    sampler = ProcessSampler(ProcessOptions(path=tiny_folder, model=ModelConfig(), drain=True))
+    weights = model.merged_weights(model.load(ModelConfig(), tiny_folder).model)
+    for request in requests(400, SamplingParams(max_tokens=50, stop_token_ids=(), seed=7)):
+        sampler.submit(request)
+    for version in range(1, 4):
+        sampler.update_weights(weights, version)
+    results = collect(sampler, 400)
+    sampler.close()
+    assert {v for r in results.values() for c in r.completions for v in c.versions} == {0}

@@ -147,6 +147,25 @@ def test_cispo_leaves_gradient_on_tokens_that_ppo_silences(base_folder, tmp_path
         assert (record["clip/gradient_on_silenced"] > 0.01) is (name == "cispo")
 
 
+def test_a_run_interrupted_before_its_first_step_evaluates_once(base_folder, tmp_path):
+    running = process(tmp_path / "run", "--steps", "2", "--rollout.groups_per_step", "512")
+    wait_for_lines(tmp_path / "run", 1, running)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    cli.train(configs.load(tmp_path / "run" / "config.yaml", ["--steps", "2"]), resume=True)
+    assert [r["step"] for r in lines(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_the_same_step_is_saved_once_and_pruning_leaves_no_half_of_one(base_folder, tmp_path):
+    run_dir = train(tmp_path / "run", "--steps", "3", "--eval.every", "0", "--checkpoint.every", "1",
+                    "--checkpoint.keep", "1")  # fmt: skip
+    (only,) = (run_dir / "checkpoints").iterdir()
+    before = (only / "state.json").stat().st_mtime_ns
+    cli.train(configs.load(run_dir / "config.yaml"), resume=True)
+    assert only.name == "step-000003" and (only / "state.json").stat().st_mtime_ns == before
+
+
 def test_stale_rollouts_stay_within_the_bound_and_still_learn(base_folder, tmp_path):
     run_dir = cli.train(
         configs.load(

@@ -3,7 +3,7 @@
 `checkpoints/step-000012/` holds `model/` (an ordinary transformers or peft folder), the learner's own safetensors, and
 `state.json` (schedule, cursor, buffer, metrics position, random-number states, the config). A folder with that name is
 complete; what a kill leaves has another name and is swept away. Nothing here unpickles. Left out on purpose: what the
-state means (`trainer.py`), and sharded checkpoints (`cluster.py`).
+state means (`trainer.py`), and sharded checkpoints (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def save(run_dir: Path, step: int, learner: Learner, state: Mapping[str, Any], *
     for torn in parent.glob(".writing-*"):
         shutil.rmtree(torn)
     final = parent / f"step-{step:06d}"
+    if final.exists():  # nothing has been trained since
+        return final
     building = parent / f".writing-{final.name}"
     building.mkdir()
     learner.save(building)
     (building / "state.json").write_text(json.dumps({**state, "rng": _rng_state()}))
     for path in [*building.rglob("*"), building]:
         _sync(path)
-    if final.exists():  # the same step again: an interrupted run that had nothing new to train
-        shutil.rmtree(final)
     building.rename(final)
     _sync(parent)
     for old in complete(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(parent / f".writing-{old.name}"))  # half removed, it must not look complete
     return final
 
 

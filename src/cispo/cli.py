@@ -146,10 +146,10 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
     task = build_task(config, tokenizer)
     check_prompts(config, task, models.context_length(models.load_config(path)))
     with contextlib.ExitStack() as stack:
+        learner, sampler, task = build_machines(config, path, task, stack)
         trackers = open_trackers(config.track, run_dir, config.model_dump(mode="json", by_alias=True))
         for tracker in trackers:
             stack.callback(tracker.close)
-        learner, sampler, task = build_machines(config, path, task, stack)
         rollouts = Rollouts(
             config=config.rollout,
             asynchrony=config.asynchrony,
@@ -286,7 +286,7 @@ def cluster_follower(config: Config, console: Console) -> bool:
 
 
 def new_run_dir(config: Config) -> Path:
-    """The run's folder, made now. Raises ConfigError where it already holds something."""
+    """Where the run goes. Raises ConfigError where something is already, or nothing could be written."""
     run_dir = Path(config.run_dir or f"runs/{config.task.type}-{time.strftime('%Y%m%d-%H%M%S')}")
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
@@ -294,7 +294,15 @@ def new_run_dir(config: Config) -> Path:
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir: {run_dir} is a file; choose another name")
+    check_writable(run_dir)
     return run_dir
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises ConfigError where the folder could not be made."""
+    parent = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir: {run_dir} cannot be made, because {parent} is no folder that can be written")
 
 
 def train(config: Config | None = None, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -322,7 +330,9 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
         trainer, close = compose(config, run_dir, screen, console)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)})))
+            text = configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)}))
+            (run_dir / ".config.yaml").write_text(text)
+            (run_dir / ".config.yaml").rename(run_dir / "config.yaml")
             if folder is not None:
                 trainer.resume(folder)
                 console.print(f"resuming {run_dir} after step {trainer.step}", soft_wrap=True, highlight=False)
@@ -424,17 +434,20 @@ def run_train(words: list[str], console: Console) -> int:
         at = rest.index("--resume")
         rest.pop(at)
         resume = rest.pop(at) if at < len(rest) and not rest[at].startswith("--") else ""
+    elif any(word.startswith("--resume=") for word in rest):
+        resume, rest = _option(rest, "--resume")
     if resume and recipe is None:
         recipe = str(Path(resume) / "config.yaml")
         if not Path(recipe).is_file():
             raise ConfigError(f"--resume {resume}: holds no run (there is no config.yaml)")
     if resume:
         rest += ["--run_dir", resume]
-    config = configs.load(recipe, rest)
     if tiny_wanted:
         from cispo import dialects
 
-        config = dialects.tiny(config)
+        config = configs.override(dialects.tiny(configs.load(recipe)), rest)
+    else:
+        config = configs.load(recipe, rest)
     train(config, resume=resume is not None, console=console)
     return 0
 
@@ -678,7 +691,7 @@ def run_export(words: list[str], console: Console) -> int:
 
     options = tyro.cli(ExportOptions, prog="cispo export", args=words, use_underscores=True)
     target = Path(options.folder)
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"folder: {target} exists and is not empty; choose another")
     config, _ = resolve_model(options.run, [], console)
     folder = checkpoint.latest(Path(options.run))

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from cispo.types import ConfigError
@@ -26,6 +35,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Threshold = Annotated[float, Field(ge=0)]
+
+
+def _listed(value: Any) -> Any:
+    """One word where a list of words may stand."""
+    return (value,) if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -136,7 +150,10 @@ class FunctionObjective(Section):
     type: Literal["function"] = "function"
     path: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
     options: dict[str, Any] = {}
-    columns: tuple[str, ...] = ("anchor_logprobs", "advantages")
+    columns: tuple[
+        Literal["anchor_logprobs", "advantages", "sampler_logprobs", "proximal_logprobs", "reference_logprobs", "rows"],
+        ...,
+    ] = ("anchor_logprobs", "advantages")
     """What the function reads of: anchor_logprobs, advantages, sampler_logprobs, proximal_logprobs,
     reference_logprobs, rows (the row of each token)."""
     sequence_level: bool = False
@@ -382,7 +399,7 @@ class RolloutConfig(Section):
     """Rows that the local sampler decodes at once."""
     truncated: Literal["keep", "mask", "penalize"] = "keep"
     """Completions that ran into max_tokens: train on them, mask their tokens, or replace their reward."""
-    truncated_reward: float = 0.0
+    truncated_reward: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """The reward of a truncated completion under `truncated: penalize`."""
     zero_variance: Literal["keep", "drop", "resample"] = "keep"
     """Groups whose rewards are all equal: keep them in the averages (they cost no compute either way), drop them
@@ -610,7 +627,7 @@ class Config(Section):
 
     run_dir: str | None = None
     """The run's folder. None: runs/<task>-<date>-<time>."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt = 12
     """RL steps (rollouts)."""
     threads: PositiveInt | None = None
@@ -626,8 +643,8 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers besides metrics.jsonl, where installed."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
+    """Trackers besides metrics.jsonl, where installed: one, or a list."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -710,6 +727,16 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"algorithm.constant: {algorithm.constant:g} has no meaning with algorithm.reduction: "
             f"{algorithm.reduction}; remove it or use reduction: constant"
         )
+    chosen = algorithm.objective
+    if isinstance(chosen, FunctionObjective) and "reference_logprobs" in chosen.columns and algorithm.kl is None:
+        yield "algorithm.objective.columns: reference_logprobs needs a reference model; set algorithm.kl"
+    asynchrony = config.asynchrony
+    inline = asynchrony.sampler == "inline" and asynchrony.max_staleness > 0
+    if inline and not asynchrony.in_flight_weight_updates:
+        yield (
+            "async.in_flight_weight_updates: false has no meaning with async.sampler: inline, which samples on the "
+            "learner's own weights; use async.sampler: process"
+        )
     if config.model.path is None and config.task.type != "think":
         yield "model.path: missing; name a model folder or hub id (only the `think` task brings its own model)"
     if rollout.zero_variance == "resample" and rollout.group_size == 1:
@@ -773,6 +800,14 @@ def merge(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     for keys, value in parse_overrides(overrides):
         _put(raw, ["cluster", "kind"] if keys == ["cluster"] else keys, value)
     return raw
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with overrides on top. Raises ConfigError with every mistake at once."""
+    raw = config.model_dump(mode="json", by_alias=True)
+    for keys, value in parse_overrides(overrides):
+        _put(raw, keys, value)
+    return validate(raw, source="the command line")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

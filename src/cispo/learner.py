@@ -97,7 +97,7 @@ class LocalLearner:
                 head = self._head(self.model)
                 result = self._loss(batch, micro, hidden_TD, head, objective, temperature, nonfinite, entropy_bonus)
                 result.loss.backward()
-                output.add(micro, result.logprobs_T, result.entropy_T, float(result.loss.detach()), result.dropped)
+                output.add(micro, result.logprobs_T, result.entropy_T, float(result.loss.detach()), result.dropped_T)
             return self._collect(batch, output)
         except BaseException:
             self.zero_grad()
@@ -150,7 +150,7 @@ class LocalLearner:
             for micro in self._micro_batches(batch):
                 hidden_TD = self._hidden(model, micro)
                 logprobs_T, entropy_T = self._logprobs(batch, micro, hidden_TD, self._head(model), temperature)
-                output.add(micro, logprobs_T, entropy_T, 0.0, 0)
+                output.add(micro, logprobs_T, entropy_T, 0.0)
             return self._collect(batch, output)
 
     def _logprobs(
@@ -326,7 +326,7 @@ def sequence_loss(
     kept_loss = objective(logprobs_T[kept], **{name: column[kept] for name, column in columns.items()})
     loss = (weights_T[kept] * kept_loss).sum()
     zeroed = [torch.where(bad_T, 0.0, x.detach()) for x in (logprobs_T, entropy_T, loss_T)]
-    return LinearPolicyLoss(loss, *zeroed, dropped=int(bad_T.sum()))
+    return LinearPolicyLoss(loss, *zeroed, dropped_T=bad_T)
 
 
 class _Output:
@@ -339,12 +339,15 @@ class _Output:
         self._evaluated_T = torch.zeros(total, dtype=torch.bool)
         self._loss, self._dropped = 0.0, 0
 
-    def add(self, micro: _MicroBatch, logprobs_T: Tensor, entropy_T: Tensor, loss: float, dropped: int) -> None:
+    def add(
+        self, micro: _MicroBatch, logprobs_T: Tensor, entropy_T: Tensor, loss: float, dropped_T: Tensor | None = None
+    ) -> None:
+        """A dropped token has no log-prob, and so no place in any metric: it does not count as evaluated."""
         self._logprobs_T[micro.outside] = logprobs_T.detach().float().cpu()
         self._entropy_T[micro.outside] = entropy_T.detach().float().cpu()
-        self._evaluated_T[micro.outside] = True
+        self._evaluated_T[micro.outside] = True if dropped_T is None else ~dropped_T.cpu()
         self._loss += loss
-        self._dropped += dropped
+        self._dropped += 0 if dropped_T is None else int(dropped_T.sum())
 
     def done(self) -> LossOutput:
         return LossOutput(self._loss, self._logprobs_T, self._entropy_T, self._evaluated_T, self._dropped)

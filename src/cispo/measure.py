@@ -91,7 +91,7 @@ def token_metrics(
     updates: Sequence[Update], algorithm: AlgorithmConfig, objective: objectives.BoundObjective
 ) -> dict[str, float]:
     """Ratio, clipping, divergence and entropy over the tokens that went through the model in a step's updates."""
-    ratios, low, high = [], *_bounds(algorithm)
+    ratios = []
     for update in updates:
         logprobs_N = update.output.logprobs_T[update.output.evaluated_T]
         ratios.append((logprobs_N - update.column("anchor_logprobs")).exp())
@@ -101,7 +101,7 @@ def token_metrics(
     pushes = torch.cat([push(update, objective) for update in updates]).abs()
     silenced = ppo_silences(evaluated, signs)
     metrics = {
-        **ratio_metrics(evaluated, signs, low, high),
+        **ratio_metrics(evaluated, signs, *_bounds(algorithm, signs)),
         "clip/gradient_on_silenced": float(pushes[silenced].sum() / pushes.sum().clamp_min(1e-300)),
         "ratio/last_update_mean": float(ratios[-1].mean()),
         "ratio/last_update_max": float(ratios[-1].max()),
@@ -134,15 +134,18 @@ def push(update: Update, objective: objectives.BoundObjective) -> Tensor:
     weights_N = update.batch.weights_T[update.output.evaluated_T]
     loss_N = objective(logprobs_N, **{name: update.column(name) for name in objective.columns})
     (gradient_N,) = torch.autograd.grad((weights_N * loss_N).sum(), logprobs_N)
-    return -gradient_N.nan_to_num()  # a token that algorithm.nonfinite: drop left out
+    return -gradient_N
 
 
-def _bounds(algorithm: AlgorithmConfig) -> tuple[float, float]:
-    """The band of the importance weight."""
+def _bounds(algorithm: AlgorithmConfig, advantages_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The band of each token's importance weight; DISPO's depends on the sign of A."""
     objective = algorithm.objective
+    low, high = 0.0, math.inf
     if isinstance(objective, CispoObjective | PpoClipObjective):
-        return objective.clip_low_threshold, objective.clip_high_threshold
-    return 0.0, math.inf
+        low, high = objective.clip_low_threshold, objective.clip_high_threshold
+    negative = objective.negative_bounds if isinstance(objective, CispoObjective) else (low, high)
+    bands = torch.where((advantages_N < 0)[:, None], torch.tensor(negative), torch.tensor((low, high)))
+    return bands[:, 0], bands[:, 1]
 
 
 class RolloutFiles:

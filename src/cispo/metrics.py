@@ -108,7 +108,12 @@ NAMES: dict[str, str] = {
 
 
 def ratio_metrics(
-    ratio_N: Tensor, advantages_N: Tensor, low: float, high: float, *, ppo_bounds: tuple[float, float] = (0.8, 1.2)
+    ratio_N: Tensor,
+    advantages_N: Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
+    *,
+    ppo_bounds: tuple[float, float] = (0.8, 1.2),
 ) -> dict[str, float]:
     """Ratio, clip and effective-sample-size metrics (DESIGN §6) of N trained tokens. Empty N gives no metrics.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cispo.config import LoraConfig, ModelConfig
@@ -47,14 +48,15 @@ def load(config: ModelConfig, path: str | Path, *, trainable: bool = True) -> Lo
     from transformers.utils import logging as transformers_logging
 
     check_folder(path)
+    device = device_of(config)
     tokenizer = load_tokenizer(path)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=config.attn_implementation, device_map=None
+            path, dtype=dtype, attn_implementation=config.attn_implementation, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise DataError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
     if config.dtype == "auto" and next(model.parameters()).dtype == torch.float16:
         raise ConfigError("model.dtype: this model is stored in float16, which overflows in training; use bfloat16")
@@ -67,7 +69,7 @@ def load(config: ModelConfig, path: str | Path, *, trainable: bool = True) -> Lo
             model.enable_input_require_grads()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable and (config.lora is None or "lora_" in name))
-    model.to(device_of(config))
+    model.to(device)
     # Dropout off: the ratio compares two passes of one policy, and noise would stand in it.
     model.eval()
     if config.gradient_checkpointing:
@@ -75,6 +77,9 @@ def load(config: ModelConfig, path: str | Path, *, trainable: bool = True) -> Lo
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):  # what attention passes to its function
+                    setattr(module, name, 0.0)
         model.train()
     return LoadedModel(model=model, tokenizer=tokenizer, path=str(path))
 
@@ -142,9 +147,15 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 def device_of(config: ModelConfig) -> torch.device:
+    """Raises ConfigError for a device that is not here."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device: {config.device!r} is not here ({_first_line(error)}); use auto, cpu or cuda:N"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------- the model's halves

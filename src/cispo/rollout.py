@@ -11,8 +11,10 @@ policy version (slots), finished completions and rewards. Produces: groups in th
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import hashlib
 import logging
+import math
 import statistics
 import threading
 import time
@@ -40,6 +42,9 @@ from cispo.types import (
 )
 
 log = logging.getLogger(__name__)
+
+REWARD_WAIT_S = 0.05
+"""How long one turn may sleep where only rewards are outstanding."""
 
 CORRECT = 0.5
 """A completion whose first reward function gives at least this much counts as correct."""
@@ -223,7 +228,10 @@ class Rollouts:
             self.counts.reward_s += time.monotonic() - start
             self._keep(group)
             moved = True
-        return self._drop_stragglers() or moved
+        moved = self._drop_stragglers() or moved
+        if wait and not moved and not self._sampler.pending and self._scoring:
+            concurrent.futures.wait(self._scoring.values(), REWARD_WAIT_S, concurrent.futures.FIRST_COMPLETED)
+        return moved
 
     def _drop_stragglers(self) -> bool:
         """Give up groups that have been sampled for too long; none is starved in silence."""
@@ -321,15 +329,33 @@ class Rollouts:
         self.counts = StepCounts()
         return groups, counts
 
-    def evaluate(self, prompts: Sequence[Prompt], params: SamplingParams, samples: int, seed: int) -> Evaluation:
-        """`samples` completions of each prompt by the current policy, scored. Training requests in flight go on."""
+    def evaluate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        samples: int,
+        seed: int,
+        *,
+        watchdog_s: float = math.inf,
+    ) -> Evaluation:
+        """`samples` completions of each prompt by the current policy, scored. Training requests in flight go on.
+
+        Raises RunError when the sampler has handed over nothing for `watchdog_s`.
+        """
         first = -len(prompts)  # negative ids are evaluation's, so that they cannot meet admission numbers
         for i, prompt in enumerate(prompts):
             request = SampleRequest(first + i, prompt.tokens, samples, replace(params, seed=request_seed(seed, i)))
             self._sampler.submit(request)
         results: dict[int, SampleResult] = {}
+        progress = time.monotonic()
         while len(results) < len(prompts):
+            if time.monotonic() - progress > watchdog_s:
+                raise RunError(
+                    f"evaluation: the sampler has finished nothing for {watchdog_s:g} s (async.watchdog_s); "
+                    f"{len(prompts) - len(results)} of {len(prompts)} prompts are missing"
+                )
             for result in self._sampler.poll():
+                progress = time.monotonic()
                 if result.request_id < 0:
                     results[result.request_id - first] = result
                 else:

@@ -32,6 +32,7 @@ from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling
 from cispo.types import (
     AdamParams,
     Batch,
+    DataError,
     Group,
     Learner,
     Prompt,
@@ -127,7 +128,7 @@ class Trainer:
             self._writer = JsonlWriter(self._run_dir / "metrics.jsonl")
         every_eval, every_save = self._config.eval.every, self._config.checkpoint.every
         with _interrupts(self):
-            if self.step == 0 and every_eval:
+            if self.step == 0 and every_eval and not self.first_eval:
                 self._write({"step": 0, "updates": 0, **self._evaluate()})
             if self.step == 0 and self._config.cluster.kind != "none":
                 self.save()  # ranks that are lost before the first checkpoint go on from here
@@ -229,7 +230,12 @@ class Trainer:
         columns = {"anchor_logprobs": sampler_T}
         measured: dict[str, float] = {}
         in_reward = algorithm.kl is not None and algorithm.kl.place == "reward"
-        wanted = in_reward or algorithm.correction is not None or algorithm.distillation is not None
+        wanted = (
+            in_reward
+            or algorithm.correction is not None
+            or algorithm.distillation is not None
+            or "proximal_logprobs" in self._objective.columns
+        )
         with timer.measure("forward"):
             if wanted or algorithm.anchor == "proximal":
                 proximal_T = self._learner.forward(batch, temperature=temperature).logprobs_T
@@ -367,6 +373,7 @@ class Trainer:
             eval_params(self._config),
             settings.samples_per_prompt,
             self._config.seed,
+            watchdog_s=self._config.asynchrony.watchdog_s,
         )
         self._remember(evaluation)
         metrics = evaluation.metrics() | {"time/eval_s": time.perf_counter() - start}
@@ -422,7 +429,6 @@ class Trainer:
             "last_eval": self.last_eval,
             "before": [[t.prompt, t.completion, t.correct] for t in self.before],
             "after": [[t.prompt, t.completion, t.correct] for t in self.after],
-            "config": self._config.model_dump(mode="json", by_alias=True),
         }
         return checkpoint.save(self._run_dir, self.step, self._learner, state, keep=self._config.checkpoint.keep)
 
@@ -445,6 +451,9 @@ class Trainer:
             finished=[checkpoint.group_from_json(record, prompts) for record in stored["finished"]],
         )
         self._publish()
+        gone = [entry["prompt_id"] for entry in stored["outstanding"] if entry["prompt_id"] not in prompts]
+        if gone:
+            raise DataError(f"{folder}: prompt {gone[0]} is no longer in the task's data")
         for entry in stored["outstanding"]:
             rollouts.admit(entry["number"], prompts[entry["prompt_id"]], entry["version"])
         self._writer = JsonlWriter(self._run_dir / "metrics.jsonl", position=state["metrics_position"])

@@ -37,9 +37,23 @@ def recipe_yaml(translation: Translation) -> str:
     """What was set, in the order of our sections: a recipe that loads to the same config. What is ours is left out."""
     order = [field.alias or name for name, field in c.Config.model_fields.items()]
     raw = {key: translation.raw[key] for key in order if key in translation.raw}
-    plain = json.loads(json.dumps(raw, default=list).replace("Infinity", '".inf"'))
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    return text.replace("'.inf'", ".inf") if raw else "{}\n"
+    return yaml.safe_dump(_lists(raw), sort_keys=False, allow_unicode=True) if raw else "{}\n"
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, which YAML knows."""
+    if isinstance(value, Mapping):
+        return {key: _lists(inner) for key, inner in value.items()}
+    return [_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _words(value: Any) -> Any:
+    """Infinities as "inf", which JSON can hold and a config reads back."""
+    if isinstance(value, Mapping):
+        return {key: _words(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_words(inner) for inner in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def explain_config(config: c.Config, raw: Mapping[str, Any] | None = None, format: Format = "text") -> str:
@@ -160,13 +174,12 @@ def _text(document: Mapping[str, Any], *, colour: bool, width: int = 120) -> Any
 
 
 def _as_json(t: Translation) -> dict[str, Any]:
-    finite = [None if math.isinf(bound) else bound for bound in t.band]
     return {
         "system": t.system,
-        "band": finite,
+        "band": _words(t.band),
         "meaning": band_sentence(t.config),
-        "config": json.loads(t.config.model_dump_json(by_alias=True)),
-        "sources": {key: {"value": value, "from": origin} for key, (value, origin) in t.sources.items()},
+        "config": _words(t.config.model_dump(mode="json", by_alias=True)),
+        "sources": {key: {"value": _words(value), "from": origin} for key, (value, origin) in t.sources.items()},
         "understood": t.understood,
         "ignored": t.ignored,
         "warnings": t.warnings,

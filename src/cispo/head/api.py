@@ -26,13 +26,17 @@ CPU_BUDGET, DEVICE_BUDGET = 256 << 20, 1792 << 20
 @dataclass(frozen=True)
 class LinearPolicyLoss:
     """loss: scalar Σ weights·loss, differentiable in hidden, head and bias. logprobs_T, entropy_T, loss_T: detached, 0
-    where a row was not evaluated. dropped: trained rows left out because a value was not finite."""
+    where a row was not evaluated. dropped_T: trained rows left out because a value was not finite."""
 
     loss: Tensor
     logprobs_T: Tensor
     entropy_T: Tensor
     loss_T: Tensor
-    dropped: int
+    dropped_T: Tensor
+
+    @property
+    def dropped(self) -> int:
+        return int(self.dropped_T.sum())
 
 
 def _backend(name: str, device: torch.device) -> ModuleType:
@@ -132,7 +136,7 @@ def linear_policy_loss(
         raise_nonfinite(inputs, logprobs_T, int(bad_T.nonzero()[0]))
     if dropped:
         logprobs_T, entropy_T = torch.where(bad_T, 0.0, logprobs_T), torch.where(bad_T, 0.0, entropy_T)
-    return LinearPolicyLoss(loss, logprobs_T, entropy_T, loss_T, dropped)
+    return LinearPolicyLoss(loss, logprobs_T, entropy_T, loss_T, bad_T)
 
 
 @torch.compiler.disable

@@ -178,4 +178,4 @@ def token_loss(
     value = (weights_T[kept] * loss_T[kept]).sum()
     loss = gradient + (value - gradient).detach() - entropy_coef * (weights_T[kept] * entropy_T[kept]).sum()
     zeroed = [torch.where(bad_T, 0.0, x.detach()) for x in (logprobs_T, entropy_T, loss_T)]
-    return LinearPolicyLoss(loss, *zeroed, dropped=int(bad_T.sum()))
+    return LinearPolicyLoss(loss, *zeroed, dropped_T=bad_T)

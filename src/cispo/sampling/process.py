@@ -61,6 +61,7 @@ class ProcessSampler:
         self._options = options
         self._restarts_left = max_restarts
         self._requests: dict[int, SampleRequest] = {}
+        self._ready: list[SampleResult] = []
         self._shared: dict[str, Tensor] | None = None
         self._context = multiprocessing.get_context("spawn")
         self._start()
@@ -77,36 +78,27 @@ class ProcessSampler:
 
     @property
     def pending(self) -> int:
-        return len(self._requests)
+        return len(self._requests) + len(self._ready)
 
     def poll(self, *, wait: bool = True) -> list[SampleResult]:
         """What has finished; `wait` allows up to WAIT_S for the first of it. Raises RunError where the child failed."""
-        results: list[SampleResult] = []
-        try:
-            while self._connection.poll(WAIT_S if wait and self._requests and not results else 0):
-                kind, value = self._connection.recv()
-                if kind == "error":
-                    raise RunError(f"the sampler process failed:\n{value}")
-                if (
-                    kind == "results"
-                ):  # a result of a cancelled request, or of one that a dead child also had, is not ours
-                    results += [r for r in value if self._requests.pop(r.request_id, None) is not None]
-        except (EOFError, ConnectionError):
-            self._restart()
-        return results
+        self._receive(WAIT_S if wait and self._requests and not self._ready else 0)
+        ready, self._ready = self._ready, []
+        return ready
 
     def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
         """Publish: copy into shared memory and tell the child. Blocks until the child has taken the ones before."""
         if weights is None:
             raise RunError("the sampler process has weights of its own: pass learner.weights()")
-        self.version = version
         if self._shared is None:
             self._shared = {name: torch.empty_like(w, device="cpu").share_memory_() for name, w in weights.items()}
-        while not self._taken.acquire(timeout=1):
+        while not self._taken.acquire(timeout=WAIT_S):
+            self._receive(0)  # a child that drains hands over results, and must not be stuck behind a full pipe
             if not self._process.is_alive():
                 self._restart()
         for name, weight in weights.items():
             self._shared[name].copy_(weight)
+        self.version = version
         self._send("weights", (self._shared, version))
 
     def close(self) -> None:
@@ -120,6 +112,19 @@ class ProcessSampler:
         self._connection.close()
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    def _receive(self, timeout: float) -> None:
+        """Take what the child has sent, waiting up to `timeout` for the first of it."""
+        try:
+            while self._connection.poll(timeout):
+                timeout = 0
+                kind, value = self._connection.recv()
+                if kind == "error":
+                    raise RunError(f"the sampler process failed:\n{value}")
+                # A result of a cancelled request, or of one that a dead child also had, is not ours.
+                self._ready += [r for r in value if self._requests.pop(r.request_id, None) is not None]
+        except (EOFError, ConnectionError):
+            self._restart()
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
@@ -149,11 +154,11 @@ class ProcessSampler:
         )
         self._connection.close()
         self._start()
-        if self._shared is not None:
+        if self._shared is not None and self.version != 0:
             self._taken.acquire()
-            self._connection.send(("weights", (self._shared, self.version)))
-        for request in self._requests.values():
-            self._connection.send(("submit", request))
+            self._send("weights", (self._shared, self.version))
+        for request in list(self._requests.values()):
+            self._send("submit", request)
 
 
 def _child(connection: Connection, taken: Any, options: ProcessOptions) -> None:
