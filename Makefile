@@ -15,6 +15,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_head.py -k triton
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -147,18 +147,9 @@ def test_what_the_api_cannot_do_is_refused(server):
 
 @pytest.mark.slow
 def test_the_think_run_through_the_server_reaches_what_the_local_run_reaches(server, tmp_path, monkeypatch):
-    learner, sampler = machines(server, rank=16)
-    monkeypatch.setattr(cli, "build_machines", lambda config, path, task, stack: (learner, sampler, task))
-    settings = [
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--eval.max_prompts",
-        "256",
-        "--optimizer.learning_rate",
-        "5e-4",
-        "--steps",
-        "16",
-    ]
+    monkeypatch.setenv("TINKER_API_KEY", server.key)
+    settings = ["--run_dir", str(tmp_path / "run"), "--learner", server.url.replace("http://", "tinker://"),
+                "--eval.max_prompts", "256", "--optimizer.learning_rate", "5e-4", "--steps", "16"]  # fmt: skip
     run_dir = cli.train(configs.load(None, settings))
     records = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["eval/accuracy"] <= 0.2

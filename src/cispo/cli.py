@@ -186,6 +186,13 @@ def build_machines(
     from cispo import model as models
     from cispo.learner import LocalLearner
 
+    if config.learner.endpoint is not None:
+        from cispo.server.remote import connect
+
+        base_model = config.learner.endpoint_model or config.model.path or "think"
+        rank = config.model.lora.rank if config.model.lora else 32
+        learner, sampler = connect(config.learner.endpoint, base_model=base_model, rank=rank, seed=config.seed)
+        return learner, sampler, task
     if config.cluster.kind != "none":
         from cispo import cluster
 

@@ -275,13 +275,26 @@ class ModelConfig(Section):
 
 
 class LearnerConfig(Section):
-    """How a batch is laid out. Nothing here can change the result."""
+    """How a batch is laid out, which cannot change the result, or another machine that trains.
+
+    On the command line `--learner tinker://HOST:PORT` is `--learner.endpoint tinker://HOST:PORT`.
+    """
+
+    endpoint: str | None = None
+    """A Tinker-compatible service (`cispo serve`, or Tinker's own) that trains and samples. None: this process."""
+    endpoint_model: str | None = None
+    """The service's name of the base model. None: model.path, or `think`."""
 
     micro_batch_tokens: PositiveInt = 16384
     """Padded tokens in one forward and backward."""
     max_padding_share: Share = 0.5
     """Rows are sorted by length and a micro-batch is cut before its padding exceeds this share."""
     head_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"endpoint": value} if isinstance(value, str) else value
 
 
 # -------------------------------------------------------------------------------------------------------------- task

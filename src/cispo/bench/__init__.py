@@ -11,7 +11,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-BENCHES = {"head": "HeadBenchOptions", "train": "TrainBenchOptions", "server": "ServerBenchOptions"}
+BENCHES = {
+    "head": "HeadBenchOptions",
+    "rollout": "RolloutBenchOptions",
+    "train": "TrainBenchOptions",
+    "server": "ServerBenchOptions",
+}
 """Module of this package, and the name of its options."""
 
 

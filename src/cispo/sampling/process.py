@@ -2,7 +2,7 @@
 
 A process and not a thread, because decoding a small model is mostly Python, and two threads of one interpreter take
 turns at that. The child keeps a copy of the weights; a publication copies the learner's into memory that both see, and
-sends the version. Left out on purpose: several samplers and other machines (`cluster.py`), other engines (`vllm.py`).
+sends the version. Left out on purpose: several samplers and other machines (`cluster/`), other engines (`vllm.py`).
 
 The child's loop. Consumes: requests, cancellations and versions from the pipe. Waits for: a message, when it has
 nothing to decode. Unblocked by: the parent, or the parent's end (it ends too). Produces: results, or the exception that

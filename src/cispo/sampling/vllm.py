@@ -9,7 +9,7 @@ Produces: results for `poll`, or the one error that ends the run.
 
 The only door to vLLM, whose workers import this file too (`register`, an entry point). vLLM is imported when a sampler
 is made, not before. Left out on purpose: truncated sampling (vLLM's log-probs would be of the truncated distribution),
-several engines behind one sampler (`cluster.py`), adapters that are swapped (weights arrive merged).
+several engines behind one sampler (`cluster/`), adapters that are swapped (weights arrive merged).
 
     make test-engines        # real engines on CPU cores, in a virtual environment of their own
 """
