@@ -43,10 +43,13 @@ FREE_ON_RESUME = ("run_dir", "steps", "threads", "checkpoint", "track", "learner
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `cispo` command. Returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # libgomp's threads spin while they wait. On a machine that is doing anything else a small model's steps then take
-    # several times as long (measured: 40 s instead of 11 s for the default run); asleep they cost nothing when idle.
-    # Read when torch is first imported, which is later than this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libgomp's threads spin while they wait, by default for milliseconds. On a machine that does anything else, a small
+    # model's steps then take many times as long; asleep at once, they take twice as long on an idle one. Some
+    # microseconds of spinning cost little in both (a step of the default run on 2 cores, idle and beside a busy loop:
+    # 0.27 s and over 2 s spinning, 0.55 s asleep when idle, 0.30 s and 0.66 s so). Torch reads it when it is imported,
+    # which is later.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     console, errors = Console(), Console(stderr=True)

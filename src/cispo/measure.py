@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def token_metrics(
     evaluated = torch.cat(ratios)
     signs = torch.cat([u.column("advantages") for u in updates])
     entropy = [u.output.entropy_T[u.output.evaluated_T] for u in updates]
-    pushes = torch.cat([push(update, objective) for update in updates]).abs()
+    pushes = push(updates, objective).abs()
     silenced = ppo_silences(evaluated, signs)
     metrics = {
         **ratio_metrics(evaluated, signs, *_bounds(algorithm, signs)),
@@ -128,11 +129,13 @@ def token_metrics(
     return metrics
 
 
-def push(update: Update, objective: objectives.BoundObjective) -> Tensor:
-    """−∂loss/∂log π of each evaluated token of an update, its weight included, by autograd of the objective."""
-    logprobs_N = update.output.logprobs_T[update.output.evaluated_T].double().requires_grad_()
-    weights_N = update.batch.weights_T[update.output.evaluated_T]
-    loss_N = objective(logprobs_N, **{name: update.column(name) for name in objective.columns})
+def push(updates: Sequence[Update], objective: objectives.BoundObjective) -> Tensor:
+    """−∂loss/∂log π of each evaluated token, its weight included, by autograd of the objective: float64 [N]."""
+    if objective.sequence_level and len(updates) > 1:  # rows of different updates are not one sequence
+        return torch.cat([push([update], objective) for update in updates])
+    logprobs_N = torch.cat([u.output.logprobs_T[u.output.evaluated_T] for u in updates]).double().requires_grad_()
+    weights_N = torch.cat([u.batch.weights_T[u.output.evaluated_T] for u in updates])
+    loss_N = objective(logprobs_N, **{name: torch.cat([u.column(name) for u in updates]) for name in objective.columns})
     (gradient_N,) = torch.autograd.grad((weights_N * loss_N).sum(), logprobs_N)
     return -gradient_N
 
@@ -175,9 +178,9 @@ class RolloutFiles:
             for row, mask, logprobs, entropy, weights in parts:
                 seen[step.owners[row]] = {
                     "update": update.number,
-                    "logprobs": _rounded(logprobs[mask]),
-                    "entropy": _rounded(entropy[mask]),
-                    "weights": weights[mask].tolist(),
+                    "logprobs": _rounded(logprobs, mask),
+                    "entropy": _rounded(entropy, mask),
+                    "weights": _picked(weights, mask),
                 }
         advantage = dict(zip(step.owners, step.advantages, strict=True))
         untrained = {"update": None, "logprobs": None, "entropy": None, "weights": None}
@@ -185,7 +188,7 @@ class RolloutFiles:
         with open(self._folder / f"step-{number:06d}.jsonl", "wb") as file:
             for i, group in enumerate(step.groups[: self._write_groups]):
                 for g, t in enumerate(group.trajectories):
-                    tokens = t.tokens[t.action_mask].tolist()
+                    tokens = _picked(t.tokens, t.action_mask)
                     record = {
                         "step": number,
                         "admission": group.admission,
@@ -202,8 +205,8 @@ class RolloutFiles:
                         "version": group.version,
                         "tokens": tokens,
                         "pieces": [self._piece(token) for token in tokens],
-                        "sampler_logprobs": _rounded(t.sampler_logprobs[t.action_mask]),
-                        "versions": t.versions[t.action_mask].tolist(),
+                        "sampler_logprobs": _rounded(t.sampler_logprobs, t.action_mask),
+                        "versions": _picked(t.versions, t.action_mask),
                         **seen.get((i, g), untrained),
                     }
                     file.write(dump_line(record))
@@ -220,5 +223,10 @@ class RolloutFiles:
                 path.unlink()
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]
+def _picked(values: Tensor, mask: Tensor) -> list[Any]:
+    """The values where the mask is true. Lists, because a step has thousands of rows of a few tokens."""
+    return list(compress(values.tolist(), mask.tolist()))
+
+
+def _rounded(values: Tensor, mask: Tensor) -> list[float]:
+    return [round(value, 6) for value in _picked(values, mask)]

@@ -98,7 +98,7 @@ def _measure(name: str, options: TrainBenchOptions) -> dict[str, Any]:
             [sys.executable, "-m", "cispo.bench.train", *words, str(out), folder],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1"},
         )
         if done.returncode:
             raise RunError(f"bench train: {name} failed:\n{done.stderr[-2000:]}")
