@@ -214,6 +214,16 @@ def test_every_way_to_train_runs_and_writes_finite_numbers(base_folder, tmp_path
         assert records[2]["kl/reference"] >= 0
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_metrics_and_completions(base_folder, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip(name, reason=f"needs the extra `{name}`")
+    run_dir = train(tmp_path / "run", "--steps", "1", "--eval.every", "0", "--track", name)
+    kept = [path for root in (run_dir, tmp_path / "trackio") for path in root.rglob("*") if path.is_file()]
+    assert [path for path in kept if path.suffix in (".wandb", ".db")], kept
+
+
 def test_a_teacher_teaches_without_any_reward(base_folder, tmp_path):
     """On-policy distillation from a model that thinks; every reward is 0, so all gradient is the teacher's."""
     teacher = cli.train(configs.load(None, ["--run_dir", str(tmp_path / "teacher"), "--eval.every", "0"]))

@@ -7,6 +7,7 @@ Left out on purpose: pictures (`report/`).
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 import logging
@@ -239,7 +240,13 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
+    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Some of a step's completions, as a table: each row has the keys of COMPLETION_COLUMNS."""
+
     def close(self) -> None: ...
+
+
+COMPLETION_COLUMNS = ("prompt", "completion", "reward", "advantage", "correct", "truncated")
 
 
 class TensorBoardTracker:
@@ -252,6 +259,14 @@ class TensorBoardTracker:
         for name, value in _scalars(metrics):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """A Markdown table under Text, which is what TensorBoard has."""
+        lines = ["|" + "|".join(COMPLETION_COLUMNS) + "|", "|" + "---|" * len(COMPLETION_COLUMNS)]
+        for row in rows:
+            cells = [html.escape(str(row[name])).replace("|", "&#124;") for name in COMPLETION_COLUMNS]
+            lines.append("|" + "|".join(cell.replace("\n", "<br>") for cell in cells) + "|")
+        self._writer.add_text("completions", "\n".join(lines), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -267,6 +282,11 @@ class WandbTracker:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self._module.log(dict(_scalars(metrics)), step=step)
+
+    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        data = [[row[name] for name in COMPLETION_COLUMNS] for row in rows]
+        table = self._module.Table(columns=list(COMPLETION_COLUMNS), data=data)
+        self._module.log({"completions": table}, step=step)
 
     def close(self) -> None:
         self._module.finish()

@@ -43,6 +43,9 @@ from cispo.types import (
     Trajectory,
 )
 
+TRACKED_GROUPS = 16
+"""Groups of a step whose first completion trackers get as a table."""
+
 
 class Observer(Protocol):
     """Who shows the run to a person."""
@@ -173,6 +176,7 @@ class Trainer:
             self._publish()
         metrics = self._metrics(step, counts, updates, timer)
         self._files.write(self.step, step, updates)
+        self._track_completions(step)
         oldest = self.step - self._config.asynchrony.max_staleness - 1
         self._updates_at_version = {v: n for v, n in self._updates_at_version.items() if v >= oldest}
         return metrics
@@ -391,6 +395,26 @@ class Trainer:
         ]
         self.before = self.before or shown
         self.after = shown
+
+    def _track_completions(self, step: Step) -> None:
+        """The first completion of some groups, for trackers that show tables."""
+        if not self._trackers:
+            return
+        advantage = dict(zip(step.owners, step.advantages, strict=True))
+        rows = [
+            {
+                "prompt": _prompt_text(group.prompt),
+                "completion": first.text,
+                "reward": first.reward,
+                "advantage": advantage.get((i, 0)),
+                "correct": is_correct(first.rewards),
+                "truncated": first.truncated,
+            }
+            for i, group in enumerate(step.groups[:TRACKED_GROUPS])
+            for first in group.trajectories[:1]
+        ]
+        for tracker in self._trackers:
+            tracker.completions(rows, self.step)
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
         self._writer.write(metrics)
