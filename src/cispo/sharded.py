@@ -182,7 +182,8 @@ class ShardedLearner(LocalLearner):
         except Exception as error:  # the others go on to the backward's collectives: `_collect` raises it on all ranks
             self._error = self._error or error
         nothing = torch.zeros(len(micro.outside))
-        return LinearPolicyLoss(sum(0.0 * root.float().sum() for root in roots), nothing, nothing, nothing, 0)
+        loss = sum(0.0 * root.float().sum() for root in roots)
+        return LinearPolicyLoss(loss, nothing, nothing, nothing, nothing.bool())
 
     def _spread_logprobs(
         self,
