@@ -43,16 +43,6 @@ def onednn_is_better() -> bool:
     return True
 
 
-def use_faster_float32_matmul() -> bool:
-    """For a whole process (a trainer's model too): choose the faster library, and say whether there was one to choose.
-
-    Call it before the first product, so that every product of a run has the same bits.
-    """
-    if onednn_is_better():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    return onednn_is_better()
-
-
 @contextmanager
 def fast_float32_matmul() -> Iterator[None]:
     """Within it, float32 products of CPU tensors run on the faster library. Process-wide, as torch's switch is."""
