@@ -126,7 +126,9 @@ def check_prompts(config: Config, task: Task, context: int | None) -> None:
                 )
 
 
-def compose(config: Config, run_dir: Path, observer: Observer, console: Console) -> tuple[Trainer, Callable[[], None]]:
+def compose(
+    config: Config, run_dir: Path, observer: Observer, console: Console, task: Task | None = None
+) -> tuple[Trainer, Callable[[], None]]:
     """A trainer with all its parts, and what closes them. Weights are loaded last, after all that can be checked."""
     import contextlib
 
@@ -142,11 +144,12 @@ def compose(config: Config, run_dir: Path, observer: Observer, console: Console)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tasks.check(config.task)
+    if task is None:
+        tasks.check(config.task)
     path = model_path(config, console)
     models.check_folder(path)
     tokenizer = models.load_tokenizer(path)
-    task = build_task(config, tokenizer)
+    task = task or build_task(config, tokenizer)
     check_prompts(config, task, models.context_length(models.load_config(path)))
     with contextlib.ExitStack() as stack:
         learner, sampler, task = build_machines(config, path, task, stack)
@@ -277,6 +280,7 @@ def build_sampler(
             sampler=options,
             threads=asynchrony.sampler_threads,
             drain=not asynchrony.in_flight_weight_updates,
+            timeout_s=asynchrony.sampler_timeout_s,
         )
     )
     stack.callback(sampler.close)
@@ -315,10 +319,13 @@ def check_writable(run_dir: Path) -> None:
         raise ConfigError(f"run_dir: {run_dir} cannot be made, because {parent} is no folder that can be written")
 
 
-def train(config: Config | None = None, *, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: Config | None = None, *, task: Task | None = None, resume: bool = False, console: Console | None = None
+) -> Path:
     """Train as `config` says (the embedded default without one) and return the run's folder.
 
-    resume: go on in `config.run_dir` from its newest checkpoint. Raises the errors of `cispo.types`.
+    task: one of your own, in place of `config.task`. resume: go on in `config.run_dir` from its newest checkpoint.
+    Raises the errors of `cispo.types`.
     """
     from cispo import checkpoint
     from cispo.console import Screen, summary
@@ -337,7 +344,7 @@ def train(config: Config | None = None, *, resume: bool = False, console: Consol
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
     screen = Screen(console, steps=config.steps, thinks=config.task.type == "think")
     for restarts_left in reversed(range(config.cluster.max_learner_restarts + 1)):
-        trainer, close = compose(config, run_dir, screen, console)
+        trainer, close = compose(config, run_dir, screen, console, task)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             text = configs.to_yaml(config.model_copy(update={"run_dir": str(run_dir)}))
@@ -575,7 +582,13 @@ def run_eval(words: list[str], console: Console) -> int:
     )
     try:
         with console.status(f"evaluating {len(prompts)} prompts"):
-            evaluation = rollouts.evaluate(prompts, eval_params(config), config.eval.samples_per_prompt, config.seed)
+            evaluation = rollouts.evaluate(
+                prompts,
+                eval_params(config),
+                config.eval.samples_per_prompt,
+                config.seed,
+                watchdog_s=config.asynchrony.watchdog_s,
+            )
     finally:
         rollouts.close()
     console.print(f"{'model':<24} {path}", soft_wrap=True, highlight=False)

@@ -523,6 +523,8 @@ class AsyncConfig(Section):
     its own with a copy of them; or vLLM (section `vllm`). None: inline when synchronous, process when not."""
     sampler_threads: PositiveInt = 1
     """CPU threads of the sampler's own process."""
+    sampler_timeout_s: Positive = 300.0
+    """A sampler process that has work and has given no sign of life for this long is started again."""
     in_flight_weight_updates: bool = True
     """A completion in flight goes on under the new weights (its tokens know which wrote them). False: it is finished
     first (drain)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -45,7 +46,7 @@ class Update:
     batch: Batch
     output: LossOutput
     grad_norm: float
-    staleness: int  # in optimizer updates, of the oldest token
+    staleness: Mapping[int, int]  # how many of the tokens are how many optimizer updates stale
 
     def column(self, name: str) -> Tensor:
         return self.batch.columns[name][self.output.evaluated_T]
@@ -85,6 +86,18 @@ def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, Any]:
         "staleness/steps_mean": float(behind.double().mean()),
         "staleness/steps_max": int(behind.max()),
         "staleness/histogram": torch.bincount(behind).tolist(),
+    }
+
+
+def update_staleness_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """Staleness of each trained token in optimizer updates, at the update that trains it."""
+    counts: Counter[int] = Counter()
+    for update in updates:
+        counts.update(update.staleness)
+    tokens = counts.total()
+    return {
+        "staleness/updates_mean": sum(behind * n for behind, n in counts.items()) / max(1, tokens),
+        "staleness/updates_max": max(counts, default=0),
     }
 
 

@@ -14,7 +14,6 @@ import asyncio
 import concurrent.futures
 import hashlib
 import logging
-import math
 import statistics
 import threading
 import time
@@ -45,6 +44,9 @@ log = logging.getLogger(__name__)
 
 REWARD_WAIT_S = 0.05
 """How long one turn may sleep where only rewards are outstanding."""
+
+CLOSE_S = 5.0
+"""How long reward functions that are given up on may take to end."""
 
 CORRECT = 0.5
 """A completion whose first reward function gives at least this much counts as correct."""
@@ -153,7 +155,11 @@ class ScoringLoop:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-        self.submit(cancel()).result()
+        try:
+            self.submit(cancel()).result(CLOSE_S)
+        except TimeoutError:  # the thread is a daemon, and dies with the process
+            log.warning("a reward function keeps its event loop busy or refuses to be cancelled; it is left behind")
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -206,37 +212,46 @@ class Rollouts:
     def advance(self, version: int, *, wait: bool = True) -> bool:
         """One turn: admit what may be admitted, let the sampler work, score what finished, keep what was scored.
 
-        wait: without it, only what has already finished is collected. Returns whether anything moved. Synchronous
-        training collects scores once the sampler is idle, in order of admission, so that which groups are sampled again
-        does not depend on timing; asynchronous training collects them as they come.
+        wait: without it, only what has already finished is collected. Returns whether completions or rewards came:
+        admitting and giving up groups is no progress, since both can go on for ever.
         """
-        moved = False
         while self.buffer.admissible(version) > 0:
             prompt = self.cursor.next()
             self.admit(self.buffer.admit(version), prompt, version)
-            moved = True
+        moved = False
         for result in self._sampler.poll(wait=wait):
             self._score(result)
             moved = True
-        for number in sorted(self._scoring):
-            if self._eager and not self._scoring[number].done():
-                continue
-            if not self._eager and (self._sampler.pending or not wait):
-                break
-            start = time.monotonic()
-            group = self._scoring.pop(number).result()
-            self.counts.reward_s += time.monotonic() - start
-            self._keep(group)
+        for number in self._scored(wait):
+            self._keep(self._scoring.pop(number).result())
             moved = True
-        moved = self._drop_stragglers() or moved
+        self._drop_stragglers()
         if wait and not moved and not self._sampler.pending and self._scoring:
-            concurrent.futures.wait(self._scoring.values(), REWARD_WAIT_S, concurrent.futures.FIRST_COMPLETED)
+            moved = self._wait_for_rewards()
         return moved
 
-    def _drop_stragglers(self) -> bool:
+    def _scored(self, wait: bool) -> list[int]:
+        """Groups whose scores are to be collected now, in order of admission.
+
+        Asynchronous training collects them as they come. Synchronous training collects them together, once everything
+        is sampled and scored, so that which groups are sampled again does not depend on timing.
+        """
+        done = [number for number in sorted(self._scoring) if self._scoring[number].done()]
+        together = wait and not self._sampler.pending and len(done) == len(self._scoring)
+        return done if self._eager or together else []
+
+    def _wait_for_rewards(self) -> bool:
+        """For a moment. Returns whether one came."""
+        waiting = [future for future in self._scoring.values() if not future.done()]
+        start = time.monotonic()
+        concurrent.futures.wait(waiting, REWARD_WAIT_S, concurrent.futures.FIRST_COMPLETED)
+        self.counts.reward_s += time.monotonic() - start
+        return any(future.done() for future in waiting)
+
+    def _drop_stragglers(self) -> None:
         """Give up groups that have been sampled for too long; none is starved in silence."""
         if self._straggler_timeout_s is None:
-            return False
+            return
         late = time.monotonic() - self._straggler_timeout_s
         stragglers = [n for n, start in self._started.items() if start < late and n not in self._scoring]
         for number in stragglers:
@@ -251,7 +266,6 @@ class Rollouts:
                 prompt.prompt_id,
                 self._straggler_timeout_s,
             )
-        return bool(stragglers)
 
     def admit(self, number: int, prompt: Prompt, version: int) -> None:
         """Start sampling an admitted group."""
@@ -336,11 +350,11 @@ class Rollouts:
         samples: int,
         seed: int,
         *,
-        watchdog_s: float = math.inf,
+        watchdog_s: float,
     ) -> Evaluation:
         """`samples` completions of each prompt by the current policy, scored. Training requests in flight go on.
 
-        Raises RunError when the sampler has handed over nothing for `watchdog_s`.
+        Raises RunError when the sampler, and then the reward functions, have handed over nothing for `watchdog_s`.
         """
         first = -len(prompts)  # negative ids are evaluation's, so that they cannot meet admission numbers
         for i, prompt in enumerate(prompts):
@@ -361,6 +375,14 @@ class Rollouts:
                 else:
                     self._score(result)
         futures = [self._scorer.submit(self._group(results[i], prompt, -1)) for i, prompt in enumerate(prompts)]
+        waiting = set(futures)
+        while waiting:
+            done, waiting = concurrent.futures.wait(waiting, watchdog_s, concurrent.futures.FIRST_COMPLETED)
+            if not done:
+                raise RunError(
+                    f"evaluation: no completion has been scored for {watchdog_s:g} s (async.watchdog_s); "
+                    f"{len(waiting)} of {len(prompts)} prompts are missing"
+                )
         return Evaluation(self._task, [future.result() for future in futures])
 
     def close(self) -> None:

@@ -26,7 +26,15 @@ from torch import Tensor
 from cispo import advantages, checkpoint, corrections, objectives
 from cispo.batching import make_batch, row_index_T, take_rows, with_columns, with_reduction
 from cispo.config import Config, RolloutConfig
-from cispo.measure import RolloutFiles, Step, Update, reward_metrics, staleness_metrics, token_metrics
+from cispo.measure import (
+    RolloutFiles,
+    Step,
+    Update,
+    reward_metrics,
+    staleness_metrics,
+    token_metrics,
+    update_staleness_metrics,
+)
 from cispo.metrics import JsonlWriter, Tracker
 from cispo.rollout import Evaluation, Rollouts, StepCounts, is_correct, sampling_params, task_metrics, zero_variance
 from cispo.types import (
@@ -297,7 +305,10 @@ class Trainer:
                 with timer.measure("optim"):
                     grad_norm = self._learner.optim_step(self._adam())["grad_norm"]
                 versions = window.columns["versions"][output.evaluated_T] if trained else torch.empty(0)
-                behind = self.updates - self._updates_at_version[int(versions.min())] if len(versions) else 0
+                behind = {
+                    self.updates - self._updates_at_version[int(version)]: int(tokens)
+                    for version, tokens in zip(*versions.unique(return_counts=True), strict=True)
+                }
                 self._rollouts.advance(self.step, wait=False)
                 done.append(Update(len(done), [rows[k] for k in trained], window, output, grad_norm, behind))
                 self.updates += 1
@@ -352,7 +363,7 @@ class Trainer:
             "rollout/prompts_retired": self._rollouts.cursor.retired,
             "rollout/nonfinite_dropped": sum(u.output.dropped for u in updates),
             **staleness_metrics(step.groups, self.step - 1),
-            "staleness/updates_max": max((u.staleness for u in updates), default=0),
+            **update_staleness_metrics(updates),
             "optim/grad_norm": statistics.fmean(u.grad_norm for u in updates),
             "optim/grad_norm_max": max(u.grad_norm for u in updates),
             "optim/learning_rate": self._last_rate(),
