@@ -20,6 +20,7 @@ pytest.importorskip("ray", reason="the cluster needs Ray: pip install 'cispo[ray
 import psutil
 import ray
 import torch
+from ray import cloudpickle
 
 from cispo import cli, cluster, objectives
 from cispo import config as configs
@@ -33,6 +34,7 @@ from cispo.types import (
     ConfigError,
     LearnerLost,
     NonFiniteError,
+    RunError,
     SampleRequest,
     SamplingParams,
 )
@@ -59,6 +61,13 @@ def machine():
 def parts(base_folder):
     """Two learner ranks, two samplers, for the tests up to the first that ends one of the two for good."""
     built = cluster.compose(load("--cluster.samplers", "2", "--cluster.address", "auto"), base_folder, ThinkTask())
+    yield built
+    built.close()
+
+
+@pytest.fixture
+def parts_of_one_sampler(base_folder):
+    built = cluster.compose(load("--cluster.learner_ranks", "1", "--cluster.address", "auto"), base_folder, ThinkTask())
     yield built
     built.close()
 
@@ -173,6 +182,63 @@ def test_the_trainer_needs_no_ray():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_weights_beyond_the_object_store_are_spilled_and_arrive(parts_of_one_sampler):
+    """Ten publications of half a store each, faster than the sampler takes them."""
+    sampler, weights = parts_of_one_sampler.sampler, dict(parts_of_one_sampler.learner.weights())
+    ballast = {"ballast": torch.zeros(100 << 18)}  # 100 MiB that no model has a place for
+    for version in range(1, 11):
+        kept = ray.put(pack({**weights, **ballast}))
+        sampler.update_weights(weights, version)
+        held = [kept] if version == 1 else [*held, kept]
+    for request in requests(4):
+        sampler.submit(request)
+    assert {v for completions in all_of(sampler).values() for c in completions for v in c.versions} == {10}
+
+
+# -------------------------------------------------------------------------------------------------------- reward workers
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+
+
+class Deadly(ThinkTask):
+    """Scoring ends or stops the worker, `times` times in all; a file in `folder` remembers each."""
+
+    def __init__(self, folder, signal_number, times):
+        super().__init__()
+        self._folder, self._signal, self._times = folder, signal_number, times
+
+    async def score(self, prompt, completions, *, completion_ids=None):
+        done = len(list(self._folder.iterdir()))
+        if done < self._times:
+            (self._folder / str(done)).touch()
+            os.kill(os.getpid(), self._signal)
+        return await super().score(prompt, completions, completion_ids=completion_ids)
+
+
+def small_run(tmp_path, *words):
+    return load(
+        "--cluster.address", "auto", "--cluster.reward_workers", "1", "--cluster.learner_ranks", "1", "--steps", "2",
+        "--eval.every", "0", "--rollout.groups_per_step", "8", "--algorithm.updates_per_rollout", "2",
+        "--run_dir", str(tmp_path / "run"), "--cluster.reward_timeout_s", "5", *words,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_reward_worker_that_dies_or_hangs_is_replaced_and_nothing_is_lost(base_folder, tmp_path, caplog, how):
+    (tmp_path / "seen").mkdir()
+    run_dir = cli.train(small_run(tmp_path), task=Deadly(tmp_path / "seen", getattr(signal, how), 1))
+    assert ("died" if how == "SIGKILL" else "hung for 5 s") in caplog.text
+    records = list(read_jsonl(run_dir / "metrics.jsonl"))
+    assert [r["step"] for r in records] == [1, 2] and all(r["reward/none"] == 0 for r in records)
+    assert sum(len(path.read_text().splitlines()) for path in (run_dir / "rollouts").iterdir()) == 2 * 8 * 16
+
+
+def test_completions_that_take_every_reward_worker_down_end_the_run(base_folder, tmp_path):
+    (tmp_path / "seen").mkdir()
+    with pytest.raises(RunError, match="took 3 reward workers down"):
+        cli.train(small_run(tmp_path), task=Deadly(tmp_path / "seen", signal.SIGKILL, 10**9))
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -213,3 +279,17 @@ def test_a_run_learns_think_though_a_sampler_and_a_rank_are_killed(base_folder, 
         if record["sample"] == 0
     ]
     assert sorted(seen) == list(range(12 * config.rollout.groups_per_step))  # every group once, none lost
+
+
+@pytest.mark.slow
+def test_the_lag_1_recipe_in_small_tells_cispo_from_ppo(base_folder, tmp_path):
+    """Its nightly check asks for gradient on tokens that PPO's clip silences; under PPO's clip there is none."""
+    check = ["--step", "3", "max(clip/gradient_on_silenced) > 0.001", "max(staleness/steps_max) == 1"]
+    for name, words, status in (
+        ("cispo", [], 0),
+        ("ppo", ["--algorithm.objective.type", "ppo_clip"], 1),
+    ):
+        run_dir = str(tmp_path / name)
+        recipe = ["train", "recipes/async-lag1-qwen3-30ba3b.yaml", "--tiny", "--steps", "3", "--run_dir", run_dir]
+        assert cli.main([*recipe, "--cluster.address", "auto", "--eval.every", "0", *words]) == 0
+        assert cli.main(["check", run_dir, *check]) == status

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from torch import Tensor
 
-from cispo.cluster.weights import RemoteWeights, pack
+from cispo.cluster.weights import RemoteWeights, pack, put
 from cispo.config import Config
 from cispo.types import AdamParams, Batch, CispoError, LearnerLost, LossOutput, Objective, RunError
 
@@ -75,10 +75,10 @@ class RayLearnerGroup:
     # ------------------------------------------------------------------------------------------------------- verbs
 
     def forward_backward(self, batch: Batch, objective: Objective, **options: Any) -> LossOutput:
-        return self._all("forward_backward", ray.put(batch), objective, **options)
+        return self._all("forward_backward", put(batch), objective, **options)
 
     def forward(self, batch: Batch, **options: Any) -> LossOutput:
-        return self._all("forward", ray.put(batch), **options)
+        return self._all("forward", put(batch), **options)
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
         return self._all("optim_step", params)
@@ -123,7 +123,7 @@ class RayLearnerGroup:
             for call in done:
                 try:
                     results[call] = ray.get(call, timeout=60)
-                except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                except RayError as error:
                     if not failures:
                         deadline = min(deadline, time.monotonic() + GRACE_S)
                     failures[calls.index(call)] = error

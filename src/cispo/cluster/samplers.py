@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch import Tensor
 
-from cispo.cluster.weights import RemoteWeights, pack, unpack
+from cispo.cluster.weights import RemoteWeights, pack, put, unpack
 from cispo.config import Config
 from cispo.types import CispoError, RunError, Sampler, SampleRequest, SampleResult
 
@@ -219,7 +219,7 @@ class RaySamplerPool:
         """Publish. Returns at once: a request submitted from now on is sampled under these weights."""
         if weights is None:
             raise RunError("samplers on a cluster have weights of their own: pass learner.weights()")
-        self._weights = weights.reference if isinstance(weights, RemoteWeights) else ray.put(pack(weights))
+        self._weights = weights.reference if isinstance(weights, RemoteWeights) else put(pack(weights))
         self.version = version
         for seat in self._seats:
             self._tell(seat, "weights", ((self._weights,), version))
@@ -263,6 +263,8 @@ class RaySamplerPool:
         except RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, CispoError) else RunError(f"a sampler failed: {error}") from error
+        except RayError as error:  # results that are lost, or that the object store had no room for
+            raise RunError(f"a sampler's results did not arrive: {error}") from error
         seat.heard = time.monotonic() - silent_s
         self._ask(seat)
         return [result for result in results if seat.requests.pop(result.request_id, None) is not None]

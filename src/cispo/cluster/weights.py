@@ -14,12 +14,29 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 from torch import Tensor
+
+from cispo.types import RunError
 
 Packed = tuple[list[tuple[str, str, tuple[int, ...], int]], np.ndarray]
 """(name, dtype, shape, offset in bytes) of each tensor, and the bytes."""
 
 _ALIGNMENT = 64
+
+
+def put(value: Any) -> Any:
+    """A reference to the value in the object store. Ray spills what does not fit to disk; where there is no room left
+
+    either, raises RunError.
+    """
+    try:
+        return ray.put(value)
+    except RayError as error:
+        raise RunError(
+            f"cluster: the object store takes no more ({error}); give `ray start` a larger --object-store-memory, or "
+            "free the disk that it spills to"
+        ) from error
 
 
 def pack(weights: Mapping[str, Tensor]) -> Packed:

@@ -6,10 +6,10 @@ sends the version. A child that dies, or shows no sign of life while it has some
 on purpose: several samplers and other machines (`cluster/`), other engines (`vllm.py`).
 
 The child's loop. Consumes: requests, cancellations and versions from the pipe. Waits for: a message, when it has
-nothing to decode. Unblocked by: the parent, or the parent's end (it ends too). Produces: results, signs of life, or the
-exception that ends it.
-The parent's writer, a thread. Consumes: messages to the child. Waits for: a message, and room in the pipe, which a child
-that hangs does not make. Unblocked by: the next message, the child's end. Produces: nothing else.
+nothing to decode. Unblocked by: the parent, or the parent's end (it ends too). Produces: results, signs of life, or
+the exception that ends it.
+The parent's writer, a thread. Consumes: messages to the child. Waits for: a message, and room in the pipe, which a
+child that hangs does not make. Unblocked by: the next message, the child's end. Produces: what the child reads.
 """
 
 from __future__ import annotations
