@@ -1,6 +1,6 @@
 """Runs what README.md registers, part by part, and writes results/*.md and results/*.json.
 
-python experiments/run.py [--only a] [--work runs/experiments] [--jobs 2]
+python experiments/run.py [--only a|b|c|d|control] [--work runs/experiments] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -44,22 +44,37 @@ def fork_tokens(work: Path, jobs: int | None) -> None:
             chosen[f"{arm}/{updates}"] = best
         keep(search, f"a-search-{updates}")
     (HERE / "results" / "a-rates.json").write_text(json.dumps(chosen, indent=1) + "\n")
-    for updates, steps in reversed(STEPS.items()):
-        folder = work / f"a-{updates}"
-        folder.mkdir(parents=True, exist_ok=True)
-        recipes = []
-        for arm in ARMS:  # an arm's own learning rate makes it a recipe of its own
-            path = folder / f"{arm}.yaml"
-            rate = f"optimizer: {{learning_rate: {chosen[f'{arm}/{updates}']}}}\n"
-            path.write_text(Path(recipe(arm)).read_text() + rate)
-            recipes.append(str(path))
-        fixed = (f"algorithm.updates_per_rollout={updates}", f"steps={steps}")
-        compare(CompareOptions(recipes=tuple(recipes), set=fixed, seeds=SEEDS, out=folder, jobs=jobs))
-        keep(folder, f"a-{updates}")
+    for updates in reversed(STEPS):
+        measure(updates, work, jobs)
+
+
+def control(work: Path, jobs: int | None) -> None:
+    """(a) at 1 update per rollout, with the learning rates that its search has chosen."""
+    measure(1, work, jobs)
+
+
+def measure(updates: int, work: Path, jobs: int | None) -> None:
+    """The eight paired seeds of (a) at one number of updates per rollout."""
+    chosen = _rates()
+    folder = work / f"a-{updates}"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipes = []
+    for arm in ARMS:  # an arm's own learning rate makes it a recipe of its own
+        path = folder / f"{arm}.yaml"
+        rate = f"optimizer: {{learning_rate: {chosen[f'{arm}/{updates}']}}}\n"
+        path.write_text(Path(recipe(arm)).read_text() + rate)
+        recipes.append(str(path))
+    fixed = (f"algorithm.updates_per_rollout={updates}", f"steps={STEPS[updates]}")
+    compare(CompareOptions(recipes=tuple(recipes), set=fixed, seeds=SEEDS, out=folder, jobs=jobs))
+    keep(folder, f"a-{updates}")
+
+
+def _rates() -> dict[str, str]:
+    return json.loads((HERE / "results" / "a-rates.json").read_text())
 
 
 def _rate() -> str:
-    return json.loads((HERE / "results" / "a-rates.json").read_text())["cispo/16"]
+    return _rates()["cispo/16"]
 
 
 def caps(work: Path, jobs: int | None) -> None:
@@ -141,12 +156,13 @@ def keep(folder: Path, name: str, more: str = "") -> None:
 
 
 PARTS = {"a": fork_tokens, "d": deciles, "b": caps, "c": floors}
+AGAIN = {"control": control}  # pieces of a part that can be run alone
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--only", choices=[*PARTS, *AGAIN])
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--jobs", type=int)
     arguments = parser.parse_args()
     for part in [arguments.only] if arguments.only else PARTS:
-        PARTS[part](arguments.work, arguments.jobs)
+        (PARTS | AGAIN)[part](arguments.work, arguments.jobs)

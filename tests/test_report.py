@@ -236,6 +236,12 @@ def test_seeds_of_one_recipe_are_grouped_and_recipes_named_by_what_differs(tmp_p
     assert [(label, len(runs)) for label, runs in groups] == [("cispo 0/4", 2), ("cispo 0/8", 2)]
 
 
+def test_a_comparisons_folder_stands_for_its_runs(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / f"cispo-s{seed}", seed=seed)
+    assert [run.name for run in find_runs([tmp_path])] == ["cispo-s0", "cispo-s1"]
+
+
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
@@ -483,6 +489,27 @@ def test_a_prompt_with_a_script_is_shown_as_text(browser, tmp_path):
     assert browser.execute_script("return window.hacked") is None
     assert browser.execute_script("return document.querySelector('.prompt pre').textContent") == NASTY
     assert browser.execute_script("return document.querySelector('h1').textContent") == NASTY
+    assert browser.get_log("browser") == []
+
+
+def test_bars_share_a_scale_and_legends_show_the_last_value(browser, tmp_path):
+    folder = write_run(tmp_path / "r")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    for line in lines[1:]:
+        line["time/reward_s"] = 0.2  # within the 0.6 s of sampling
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    show(browser, write_page(tmp_path / "r.html", [read_run(folder)]))
+    bars = browser.execute_script(
+        "return [...document.querySelectorAll('.bars')].at(-1).querySelectorAll('.bar').values().map((b) => "
+        "[b.children[0].textContent, b.children[1].offsetWidth, b.children[2].textContent]).toArray()"
+    )
+    assert [(label, text.split(" ·")[0]) for label, _, text in bars] == [
+        ("sampling", "40 %"), ("waiting for rewards", "20 %"), ("forward and backward", "30 %"),
+        ("the rest: metrics, writing", "10 %"),
+    ]  # fmt: skip
+    assert len({width for _, width, _ in bars}) == 1 and bars[0][1] > 50
+    legend = wait(browser, "return document.querySelector('.u-legend .u-series:nth-child(2) .u-value')?.textContent")
+    assert legend == "0.9"  # held-out accuracy at step 4
     assert browser.get_log("browser") == []
 
 

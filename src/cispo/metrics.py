@@ -37,7 +37,7 @@ NAMES: dict[str, str] = {
     "tokens/sampled": "sampled tokens of the step",
     "tokens/trained": "sampled tokens that went through the model in training, summed over updates",
     "tokens/total": "sampled tokens since the run began",
-    "tokens/sample_per_s": "sampled tokens per second of sampling",
+    "tokens/sample_per_s": "sampled tokens per second of sampling (with asynchronous rollouts: of the whole step)",
     "tokens/train_per_s": "model input tokens per second of forward and backward",
     "reward/mean": "mean reward of the step's completions, before any is dropped",
     "reward/std": "standard deviation over completions",

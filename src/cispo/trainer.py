@@ -345,6 +345,7 @@ class Trainer:
         dropped = counts.dropped_groups + len(step.groups) - len(step.kept)
         seconds = timer.seconds
         trained = [u for u in updates if bool(u.output.evaluated_T.any())]
+        overlapped = self._config.asynchrony.max_staleness > 0  # then time/sample_s is only what was waited
         metrics: dict[str, Any] = {
             "step": self.step,
             "updates": self.updates,
@@ -353,7 +354,7 @@ class Trainer:
             "tokens/sampled": sampled,
             "tokens/trained": sum(int(u.output.evaluated_T.sum()) for u in updates),
             "tokens/total": self.total_tokens,
-            "tokens/sample_per_s": sampled / seconds["sample"],
+            "tokens/sample_per_s": sampled / (timer.total if overlapped else seconds["sample"]),
             "tokens/train_per_s": sum(sum(u.batch.lengths) for u in updates) / seconds["train"],
             **reward_metrics(step.groups),
             **task_metrics(self._task, step.groups),

@@ -153,18 +153,25 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`; a folder of runs stands for all of its runs. Raises DataError for anything else, or none."""
+    """The runs at `paths`; a folder of runs, or one with `runs/` in it (a comparison), stands for all of its runs.
+
+    Raises DataError for anything else, or none.
+    """
     if not paths:
         raise DataError("no run is named; give the folder that `cispo train` printed, or a folder of runs")
     found = []
     for path in paths:
-        inner = [] if is_run(path) or not path.is_dir() else sorted(p for p in path.iterdir() if is_run(p))
+        inner = [] if is_run(path) else _inside(path) or _inside(path / "runs")
         found += [read_run(p) for p in inner] if inner else [read_run(path)]
     names = [run.name for run in found]
     for run in found:  # two runs of one name are told apart by their parents
         if names.count(run.name) > 1:
             run.name = f"{run.folder.resolve().parent.name}/{run.name}"
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if is_run(p)) if folder.is_dir() else []
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes

@@ -14,6 +14,7 @@ import { number } from "cispo/format";
 /** @type {Set<{plot: any, box: HTMLElement, redraw: () => void}>} */
 const drawn = new Set();
 const MANY = 3;
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap((e) => [1, 2, 5].map((m) => m * 10 ** e)); // there are no half steps
 const DASHES = [undefined, [6, 4], [2, 3], [10, 3, 2, 3]];
 const T_95 = [NaN, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]; // two-sided, by degrees of freedom
 
@@ -86,7 +87,7 @@ function columns(spec) {
 function options(spec, width) {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--muted").trim(), grid = style.getPropertyValue("--grid").trim();
-  const series = /** @type {any[]} */ ([{ label: spec.xLabel ?? "step", value: (/** @type {any} */ _, /** @type {number} */ v) => number(v) }]);
+  const series = /** @type {any[]} */ ([{ label: spec.xLabel ?? "step", value: (/** @type {any} */ u, /** @type {number} */ v) => (u.cursor.idx === null ? "last" : number(v)) }]);
   const bands = [];
   const few = spec.x.length <= 60;
   for (const l of spec.lines) {
@@ -103,6 +104,9 @@ function options(spec, width) {
   }
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "11px system-ui, sans-serif" };
   const marks = spec.marks ?? [];
+  const texts = (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v)));
+  const wide = (/** @type {any} */ _, /** @type {string[] | null} */ ts) => Math.max(40, 18 + 6.5 * Math.max(0, ...(ts ?? []).map((t) => t.length)));
+  const ticks = spec.log ? { splits: (/** @type {any} */ _, /** @type {number} */ __, /** @type {number} */ low, /** @type {number} */ high) => decades(low, high), filter: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs } : {};
   return {
     width, height: 200, series, bands,
     scales: {
@@ -112,19 +116,22 @@ function options(spec, width) {
         spec.range ?? (low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) },
     },
     axes: [
-      { ...axis, size: 30, values: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v))) },
-      { ...axis, size: 54, values: (/** @type {any} */ _, /** @type {number[]} */ vs) => vs.map((v) => (v === null ? "" : number(v))) },
+      { ...axis, size: 30, values: texts, ...(spec.logX ? {} : { incrs: WHOLE }) },
+      { ...axis, size: wide, values: texts, ...ticks },
     ],
     legend: { live: true, markers: { width: 2 } },
     cursor: { points: { size: 6 } },
     hooks: {
+      // while nothing is pointed at, the legend shows the last values
+      ready: [resting],
+      setCursor: [(/** @type {any} */ u) => u.cursor.idx === null && resting(u)],
       draw: [(/** @type {any} */ u) => {
         const ctx = u.ctx;
         ctx.save();
         ctx.strokeStyle = ink;
         ctx.fillStyle = ink;
         ctx.setLineDash([4, 4]);
-        ctx.textAlign = "left";
+        ctx.textAlign = "right";
         ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
         for (const mark of marks) {
           const y = u.valToPos(mark.y, "y", true);
@@ -133,12 +140,25 @@ function options(spec, width) {
           ctx.moveTo(u.bbox.left, y);
           ctx.lineTo(u.bbox.left + u.bbox.width, y);
           ctx.stroke();
-          ctx.fillText(mark.label, u.bbox.left + 4, y - 4);
+          ctx.fillText(mark.label, u.bbox.left + u.bbox.width - 4, y - 4);
         }
         ctx.restore();
       }],
     },
   };
+}
+
+/** The values that a legend shows at rest: each line's last. @param {any} u */
+function resting(u) {
+  u.setLegend({ idxs: u.data.map((/** @type {(number | null)[]} */ ys) => ys.findLastIndex((y) => y !== null)) }, false);
+}
+
+/** Ticks of a logarithmic axis: 1, 2, 5 of each decade, or at most about six powers of ten. @param {number} low @param {number} high */
+function decades(low, high) {
+  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+  const every = Math.ceil((last - first) / 6), found = [];
+  for (let e = first; e <= last; e += every) for (const m of last - first <= 3 ? [1, 2, 5] : [1]) found.push(m * 10 ** e);
+  return found.filter((y) => y >= low * 0.999 && y <= high * 1.001);
 }
 
 /**

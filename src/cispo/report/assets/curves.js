@@ -105,15 +105,20 @@ function staleness(data) {
   if (!rows.length) box.append(h("p", { class: "empty" }, "Not measured in this run."));
   rows.forEach((row, i) => {
     if (rows.length > 1) box.append(h("p", { class: "muted" }, row.label));
-    row.shares.forEach((share, s) => box.append(bar(String(s), share, line(i))));
+    box.append(h("div", { class: "bars" }, ...row.shares.map((share, s) => bar(String(s), share, line(i)))));
   });
   return box;
 }
 
 const PARTS = /** @type {[string, string][]} */ ([
-  ["time/sample_s", "sampling"], ["time/reward_s", "reward"], ["time/forward_s", "other log-probs"],
+  ["time/sample_s", "sampling"], ["time/reward_s", "waiting for rewards"], ["time/forward_s", "other log-probs"],
   ["time/train_s", "forward and backward"], ["time/optim_s", "optimizer"],
 ]);
+
+/** Whether its sampler works while the learner does. @param {Run} run */
+function asynchronous(run) {
+  return (run.config["async.max_staleness"] ?? 0) > 0;
+}
 
 /** @param {Data} data */
 function time(data) {
@@ -125,10 +130,13 @@ function time(data) {
     if (!whole) return;
     any = true;
     const parts = PARTS.map(([name, label], i) => ({ label, seconds: sum(name), color: line(i) }));
-    parts.push({ label: "the rest: waiting, writing", seconds: Math.max(0, whole - parts.reduce((a, p) => a + p.seconds, 0)), color: line(5) });
+    // rewards are waited for within the time of sampling, which beside an asynchronous sampler is waiting too
+    parts[0].seconds = Math.max(0, parts[0].seconds - parts[1].seconds);
+    if (recipe.runs.some((r) => asynchronous(data.runs[r]))) parts[0].label = "waiting for rollouts";
+    parts.push({ label: "the rest: metrics, writing", seconds: Math.max(0, whole - parts.reduce((a, p) => a + p.seconds, 0)), color: line(5) });
     box.append(h("p", { class: "muted" }, `${data.recipes.length > 1 ? recipe.label + ": " : ""}${duration(whole)}${recipe.runs.length > 1 ? " on average" : ""}, and ${duration(sum("time/eval_s"))} of evaluation`));
     box.append(h("div", { class: "stack", "aria-hidden": "true" }, ...parts.map((p) => h("span", { style: `flex:${p.seconds / whole};background:${p.color}`, title: `${p.label}: ${percent(p.seconds / whole)}` }))));
-    for (const p of parts) if (p.seconds > 0) box.append(bar(p.label, p.seconds / whole, p.color, duration(p.seconds)));
+    box.append(h("div", { class: "bars" }, ...parts.filter((p) => p.seconds > 0.0005 * whole).map((p) => bar(p.label, p.seconds / whole, p.color, duration(p.seconds)))));
   });
   if (!any) box.append(h("p", { class: "empty" }, "Not measured in this run."));
   return box;

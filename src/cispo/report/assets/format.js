@@ -7,6 +7,7 @@ export function number(x) {
   const size = Math.abs(x);
   if (size === 0) return "0";
   if (size >= 1e12 || size < 1e-4) return x.toExponential(1).replace("e+", "e");
+  if (size >= 1e9) return `${trim(x / 1e9)} G`;
   if (size >= 1e6) return `${trim(x / 1e6)} M`;
   if (size >= 1e4) return `${trim(x / 1e3)} k`;
   if (size >= 100) return x.toFixed(0);
@@ -15,8 +16,7 @@ export function number(x) {
 
 /** @param {number} x */
 function trim(x) {
-  const text = x.toPrecision(3);
-  return text.includes(".") && !text.includes("e") ? text.replace(/\.?0+$/, "") : text;
+  return String(Number(x.toPrecision(3)));
 }
 
 /** @param {number} x @returns {string} about two significant digits */
