@@ -137,7 +137,7 @@ def _train(
 
 
 def can_be_halved(parts: Sequence[TrainPart]) -> bool:
-    """Whether `train_halves` takes these parts: several, of short rows only, because kernels are chosen process-wide."""
+    """Whether `train_halves` takes these parts: several, of short rows only: kernels are chosen process-wide."""
     return len(parts) > 1 and all(len(row.tokens) <= _SHORT for part in parts for row in part.work.rows)
 
 

@@ -97,7 +97,10 @@ class Engine:
         self._retry_cut_at = 0.0
         self._disk = ThreadPoolExecutor(2, thread_name_prefix="disk")
         self._helper = ThreadPoolExecutor(
-            1, thread_name_prefix="engine-helper", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+            1,
+            thread_name_prefix="engine-helper",
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
         )
         self._together = int((store.read("SELECT max(together) FROM requests")[0][0]) or 0)
         self._numbers = 0
