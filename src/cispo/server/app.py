@@ -156,7 +156,8 @@ def _open_routes(service: Service) -> APIRouter:
     @router.get("/")
     async def page() -> Response:
         html = resources.files("cispo.server").joinpath("assets/index.html").read_text()
-        return HTMLResponse(html, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"})
+        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        return HTMLResponse(html, headers={"content-security-policy": policy})
 
     @router.get("/metrics")
     async def metrics() -> Response:
