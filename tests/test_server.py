@@ -484,6 +484,43 @@ def test_every_sampling_parameter(service):
                 assert values[list(ids).index(token)] == pytest.approx(logprob, abs=1e-4)
 
 
+def test_the_sdk_polls_for_a_whole_sampling_session(server, service, monkeypatch):
+    """`retrieve_futures`, which the SDK uses where the client config says so (ours does not)."""
+    sampler = service.create_sampling_client(base_model="Org/Tiny").result()
+    prompt = types.ModelInput.from_ints(PROMPT)
+    expected = [s.tokens for s in sampler.sample(prompt, 3, greedy(seed=1, temperature=1.0)).result().sequences]
+    config = sampler.holder.get_client_config().model_copy(update={"sample_use_retrieve_futures": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sampler.holder), "get_client_config", lambda holder: config)
+        futures = [sampler.sample(prompt, 3, greedy(seed=1, temperature=1.0)) for _ in range(12)]
+        assert all([s.tokens for s in future.result().sequences] == expected for future in futures)
+        with pytest.raises(tinker.RequestFailedError, match="num_samples"):
+            sampler.sample(prompt, 65, greedy()).result()
+        assert sampler._futures_poller is not None
+    body = {"target": {"type": "sampling_session", "sampling_session_id": sampler._sampling_session_id}, "timeout": 0}
+    poll = "/api/v1/retrieve_futures"
+    status, reply = server.request("POST", poll, body)
+    found = json.loads(reply)
+    assert status == 200 and found["completions"]
+    again = json.loads(server.request("POST", poll, {**body, "prev_cursor": found["cursor"]})[1])
+    assert again == {"completions": [], "cursor": found["cursor"]}
+    assert server.request("POST", poll, body, key=BOB)[0] == 404
+
+
+def test_what_is_not_served_is_refused_with_a_sentence(server, run):
+    session = run.model_id.split(":")[0]
+    for method, path, word in (
+        ("PUT", f"/api/v1/sessions/{session}/project", b"user_metadata"),
+        ("GET", f"/api/v1/sessions/{session}/trace_export", b"/metrics"),
+        ("POST", "/api/v1/copy_weights", b"create_training_client_from_state"),
+        ("POST", "/api/v1/create_custom_loss", b"forward_backward_custom"),
+        ("GET", "/api/v1/auth/apikey/me", b"whoami"),
+    ):
+        status, reply = server.request(method, path, {} if method != "GET" else None)
+        assert status in (404, 422) and word in reply, (method, path, status, reply)
+        assert server.request(method, path, {} if method != "GET" else None, key="tml-wrong")[0] == 401
+
+
 def test_prompt_scores_of_every_kind(service):
     sampler = service.create_sampling_client(base_model="Org/Tiny")
     prompt = types.ModelInput.from_ints(PROMPT)
@@ -700,9 +737,13 @@ def test_operations_say_how_it_goes_and_no_secret(server, run):
 
 
 def test_status_of_a_running_server_and_of_none(server, capsys):
+    from cispo.cli import main
     from cispo.server import ServeOptions, status
 
     assert status(ServeOptions(port=server.options["port"])) == 0
     assert "ok" in capsys.readouterr().out
     assert status(ServeOptions(port=1)) == 1
     assert "no server answers" in capsys.readouterr().out
+    for words in (["--status"], ["--status", "True"]):
+        assert main(["serve", *words, "--port", str(server.options["port"])]) == 0
+        assert "sessions alive" in capsys.readouterr().out

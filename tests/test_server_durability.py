@@ -7,6 +7,7 @@ import resource
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -106,6 +107,34 @@ def test_weights_after_sigkill_are_those_of_an_uninterrupted_run_bit_for_bit(tin
     finally:
         thread.join()
         assert server.stop() == 0
+
+
+def test_passes_that_clients_shared_are_shared_again_after_sigkill_bit_for_bit(tiny_folder, tmp_path):
+    """Four clients at once, whose requests ran in passes of several adapters, in halves on two threads."""
+    server = Server(tmp_path, model=[f"tiny={tiny_folder}"], cut_every=1000).start()
+    server.wait_for_key()
+    try:
+        service = client_of(server)
+        runs = [service.create_lora_training_client(base_model="tiny", rank=4 + i, seed=i).result() for i in range(4)]
+
+        def job(i):
+            for step in range(6):
+                backward = runs[i].forward_backward(datums(2 + i, 10 * step + i), "cispo")
+                runs[i].optim_step(types.AdamParams(learning_rate=1e-2)).result()
+                backward.result()
+            return runs[i].save_state("before").result().path
+
+        with ThreadPoolExecutor(4) as pool:
+            before = [stored(server, path) for path in pool.map(job, range(4))]
+        with sqlite3.connect(tmp_path / "server.db") as db:
+            groups = db.execute("SELECT count(*) FROM requests WHERE together IS NOT NULL GROUP BY together").fetchall()
+            assert db.execute("SELECT max(done) FROM models").fetchone() == (0,)  # all of it runs again
+        assert max(size for (size,) in groups) >= 3, groups
+        server.kill()
+        server.start()
+        assert_same(before, [stored(server, run.save_state("after").result().path) for run in runs])
+    finally:
+        server.stop()
 
 
 def test_a_repeated_request_is_answered_with_the_first_result_after_a_restart_too(tiny_folder, tmp_path):

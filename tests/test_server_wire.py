@@ -137,14 +137,14 @@ ROUTES = [
     "create_session", "session_heartbeat", "create_model", "get_info", "optim_step", "save_weights",
     "save_weights_for_sampler", "save_weights_external", "load_weights", "weights_info", "create_sampling_session",
     "join_sampling_session", "asample", "cancel_future", "sessions/search", "client/config", "telemetry",
-    "create_custom_loss", "forward_backward", "sessions/x/finish",
+    "create_custom_loss", "copy_weights", "retrieve_futures", "forward_backward", "sessions/x/finish",
 ]  # fmt: skip
 FIELDS = [
     "session_id", "model_id", "model_seq_id", "seq_id", "base_model", "lora_config", "rank", "seed", "adam_params",
     "learning_rate", "path", "sampling_session_seq_id", "sampling_session_id", "ttl_seconds", "optimizer", "prompt",
     "chunks", "tokens", "type", "num_samples", "sampling_params", "max_tokens", "stop", "temperature", "top_k", "top_p",
     "prompt_logprobs", "topk_prompt_logprobs", "target_prompt_logprobs", "data", "dtype", "shape", "request_id",
-    "tinker_path", "user_metadata", "display_name", "cursor", "statuses", "limit",
+    "target", "prev_cursor", "timeout", "tinker_path", "user_metadata", "display_name", "cursor", "statuses", "limit",
 ]  # fmt: skip
 scalars = st.one_of(
     st.none(),

@@ -733,6 +733,8 @@ def door(module: str, options: str, function: str, name: str) -> Callable[[list[
 
     def run(words: list[str], console: Console) -> int:
         room = import_module(module)
+        if name == "serve":
+            words = with_values(words, ("--status",))
         parsed = tyro.cli(
             getattr(room, options), prog=f"cispo {name}", args=words, use_underscores=True,
             config=(tyro.conf.FlagConversionOff,) if name == "serve" else (),
@@ -740,6 +742,14 @@ def door(module: str, options: str, function: str, name: str) -> Callable[[list[
         return getattr(room, function)(parsed)
 
     return run
+
+
+def with_values(words: list[str], flags: Sequence[str]) -> list[str]:
+    """`--flag` alone means `--flag True`, as everywhere else; tyro wants the value where flags are not converted."""
+    out = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        out += [word, "True"] if word in flags and following.startswith("-") else [word]
+    return out
 
 
 def run_bench(words: list[str], console: Console) -> int:

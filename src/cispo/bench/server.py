@@ -47,6 +47,8 @@ class ServerBenchOptions:
     clients: int = 8
     steps: int = 10
     """Of each client, in the comparison of all at once with one after the other."""
+    rounds: int = 5
+    """How often that comparison is made; the ratio is the median."""
     concurrent_samples: int = 200
     out: Path | None = None
     """Where to write the numbers as JSON."""
@@ -66,7 +68,7 @@ def run(options: ServerBenchOptions) -> int:
             url, key = stack.enter_context(_own_server())
         numbers = measure(options, lambda: tinker.ServiceClient(base_url=url, api_key=key))
     for name, value in numbers.items():
-        sys.stdout.write(f"{name:44s} {value:10.1f}\n")
+        sys.stdout.write(f"{name:44s} {value:10.2f}\n")
     if options.out is not None:
         options.out.write_text(json.dumps(numbers, indent=2) + "\n")
     return 0
@@ -118,17 +120,24 @@ def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str
     runs = [new_run(connect(), seed) for seed in range(options.clients)]
     for client_run in runs:
         client_run.forward_backward(data, "cispo").result()
-    start = time.perf_counter()
-    for client_run in runs:
-        job(client_run)
-    alone = time.perf_counter() - start
-    start = time.perf_counter()
-    with ThreadPoolExecutor(options.clients) as pool:
-        list(pool.map(job, runs))
-    together = time.perf_counter() - start
-    out[f"{options.clients} clients one after the other"] = 1e3 * alone
-    out[f"{options.clients} clients at once"] = 1e3 * together
-    out["at once / one after the other (ratio)"] = together / alone
+    ratios, alones, togethers = [], [], []
+    cpu = 0.0
+    for _ in range(options.rounds):
+        start = time.perf_counter()
+        for client_run in runs:
+            job(client_run)
+        alones.append(time.perf_counter() - start)
+        start, cpu_before = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(options.clients) as pool:
+            list(pool.map(job, runs))
+        togethers.append(time.perf_counter() - start)
+        cpu += time.process_time() - cpu_before
+        ratios.append(togethers[-1] / alones[-1])
+    out[f"{options.clients} clients one after the other"] = 1e3 * statistics.median(alones)
+    out[f"{options.clients} clients at once"] = 1e3 * statistics.median(togethers)
+    out["at once / one after the other (ratio)"] = statistics.median(ratios)
+    out["least of the ratios"], out["greatest of the ratios"] = min(ratios), max(ratios)
+    out["CPU of the SDK in one step of a client"] = 1e3 * cpu / (options.rounds * options.clients * options.steps)
     start = time.perf_counter()
     futures = [sampler.sample(prompt, 1, params) for _ in range(options.concurrent_samples)]
     for future in futures:

@@ -55,7 +55,10 @@ class Workspace:
             self.flat = like.new_empty(numel, dtype=dtype)
             return
         size = numel * dtype.itemsize
-        self._bytes = _kept.pop() if _kept else None
+        try:
+            self._bytes = _kept.pop()
+        except IndexError:  # asked for afterwards and not before: another thread may take it in between
+            self._bytes = None
         if self._bytes is None or self._bytes.size < size:
             self._bytes = np.empty(size, dtype=np.uint8)
         self.flat = torch.from_numpy(self._bytes)[:size].view(dtype)

@@ -111,6 +111,15 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return _json({"error": str(error.detail)}, error.status_code, dict(error.headers or {}))
 
 
+def _not_served(instead: str) -> Callable[[str, Request], None]:
+    """A route of the SDK's that is refused by a sentence, once the key is known."""
+
+    def handler(owner: str, request: Request) -> None:
+        raise Refused(404, f"not served: {instead}")
+
+    return handler
+
+
 class _Outer:
     """Counts requests by route, and turns what no handler expected into a 500."""
 
@@ -147,7 +156,8 @@ def _open_routes(service: Service) -> APIRouter:
     @router.get("/")
     async def page() -> Response:
         html = resources.files("cispo.server").joinpath("assets/index.html").read_text()
-        return HTMLResponse(html, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"})
+        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        return HTMLResponse(html, headers={"content-security-policy": policy})
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -241,6 +251,7 @@ def _api(service: Service, keys: Keys) -> APIRouter:
             return _json({"queue_state": "active", "request_id": body["request_id"]}, 408)
         return Response(found.result, media_type=wire.PROTOBUF if found.status == "proto" else "application/json")
 
+    post("/retrieve_futures")(service.retrieve_many)
     post("/cancel_future", 204)(service.cancel)
 
     # Training
@@ -262,6 +273,10 @@ def _api(service: Service, keys: Keys) -> APIRouter:
     @post("/create_custom_loss")
     def create_custom_loss(owner: str, body: dict) -> dict:
         raise UserError("losses are not traced to this server; forward_backward_custom runs them on the client")
+
+    @post("/copy_weights")
+    def copy_weights(owner: str, body: dict) -> dict:
+        raise UserError("weights are not copied here; create_training_client_from_state loads them into a new run")
 
     # Weights
     post("/save_weights")(lambda owner, body: service.save(owner, "weights", body))
@@ -350,6 +365,27 @@ def _api(service: Service, keys: Keys) -> APIRouter:
     async def finish(owner: str, request: Request) -> None:
         body = wire.parse_json(await _body(request, limit))
         await service.finish_session(owner, request.path_params["session_id"], body)
+
+    for method, path, instead in (
+        ("PUT", "/sessions/{session_id}/project", "this server has no projects; user_metadata can name one"),
+        (
+            "GET",
+            "/sessions/{session_id}/trace_export",
+            "no traces are kept here; /metrics and the page at / show times",
+        ),
+        (
+            "POST",
+            "/sessions/{session_id}/trace_export",
+            "no traces are kept here; /metrics and the page at / show times",
+        ),
+        ("GET", "/audit", "there is no audit log here; the server's own log is on its stderr"),
+        ("GET", "/billing/usage/events", "nothing is billed here; /metrics counts tokens"),
+        ("GET", "/billing/usage/checkpoints/current", "nothing is billed here; list_checkpoints gives sizes"),
+        ("POST", "/auth/token", "there are no accounts here; send a key of this server as X-API-Key"),
+        ("GET", "/auth/apikey/me", "there are no accounts here; GET /api/v1/whoami says whose a key is"),
+        ("DELETE", "/auth/apikey/me", "keys are not deleted over the wire; take the line out of the keys file"),
+    ):
+        route(method, path)(_not_served(instead))
 
     route("GET", "/whoami")(lambda owner, request: {"user_urn": f"urn:cispo:{owner}", "org_urn": "urn:cispo:local"})
     route("GET", "/overview")(lambda owner, request: service.overview(owner))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,17 +90,19 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(served: ServedModel, parts: Sequence[TrainPart], *, micro_batch_tokens: int) -> Iterator[list[TrainResult]]:
+def train(
+    served: ServedModel, parts: Sequence[TrainPart], *, micro_batch_tokens: int, kernels_are_set: bool = False
+) -> Iterator[list[TrainResult]]:
     """Run the parts together, adding each one's gradient to its adapter's.
 
     A generator: it yields an empty list between two micro-batches, so that others can have the model there, and the
     results at last, in the order of the parts. Where it raises, every adapter's accumulated gradient is what it was.
-    Parts are all forward-only, or none is.
+    Parts are all forward-only, or none is. With `kernels_are_set` the caller has chosen them for short rows.
     """
     forward_only = parts[0].work.forward_only
     before = [None if forward_only or not p.adapter.accumulated else p.adapter.grad.clone() for p in parts]
     try:
-        yield from _train(served, parts, forward_only, micro_batch_tokens)
+        yield from _train(served, parts, forward_only, micro_batch_tokens, kernels_are_set)
     except BaseException:
         if not forward_only:
             for part, gradient in zip(parts, before, strict=True):
@@ -111,7 +114,11 @@ def train(served: ServedModel, parts: Sequence[TrainPart], *, micro_batch_tokens
 
 
 def _train(
-    served: ServedModel, parts: Sequence[TrainPart], forward_only: bool, micro_batch_tokens: int
+    served: ServedModel,
+    parts: Sequence[TrainPart],
+    forward_only: bool,
+    micro_batch_tokens: int,
+    kernels_are_set: bool,
 ) -> Iterator[list[TrainResult]]:
     rows = [(p, r) for p, part in enumerate(parts) for r in range(len(part.work.rows))]
     lengths = [len(parts[p].work.rows[r].tokens) for p, r in rows]
@@ -121,11 +128,41 @@ def _train(
         if number:
             yield []
         micro = sorted(rows[i] for i in chosen)
-        with torch.set_grad_enabled(not forward_only), _kernels(max(lengths[i] for i in chosen)):
+        kernels = contextlib.nullcontext() if kernels_are_set else _kernels(max(lengths[i] for i in chosen))
+        with torch.set_grad_enabled(not forward_only), kernels:
             losses = _micro_batch(served, parts, micro, outputs)
             if not forward_only:
                 torch.stack(losses).sum().backward()
     yield [output.done() for output in outputs]
+
+
+def can_be_halved(parts: Sequence[TrainPart]) -> bool:
+    """Whether `train_halves` takes these parts: several, of short rows only: kernels are chosen process-wide."""
+    return len(parts) > 1 and all(len(row.tokens) <= _SHORT for part in parts for row in part.work.rows)
+
+
+def train_halves(
+    served: ServedModel, parts: Sequence[TrainPart], *, micro_batch_tokens: int, helper: Executor
+) -> list[TrainResult | Exception]:
+    """`train`, one half of the parts in this thread and the other in the helper's, at the same time.
+
+    Small models leave cores idle where one pass's operations are too short to be shared among threads; two passes are
+    not. Which half a part is in depends on its place alone, so that a group that runs again runs in the same halves.
+    The results, or for each part of a half that failed its exception, are in the order of the parts.
+    """
+    middle = (len(parts) + 1) // 2
+
+    def run(half: Sequence[TrainPart]) -> list[TrainResult | Exception]:
+        try:
+            *_, results = train(served, half, micro_batch_tokens=micro_batch_tokens, kernels_are_set=True)
+        except Exception as error:
+            return [error] * len(half)
+        return results
+
+    with _kernels(_SHORT):
+        other = helper.submit(run, parts[middle:])
+        mine = run(parts[:middle])
+        return mine + other.result()
 
 
 @contextlib.contextmanager

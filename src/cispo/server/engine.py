@@ -96,6 +96,12 @@ class Engine:
         self._cut_wanted = False
         self._retry_cut_at = 0.0
         self._disk = ThreadPoolExecutor(2, thread_name_prefix="disk")
+        self._helper = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="engine-helper",
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
         self._together = int((store.read("SELECT max(together) FROM requests")[0][0]) or 0)
         self._numbers = 0
         self._by_number: dict[int, tuple[str, Request]] = {}
@@ -146,6 +152,7 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join()
         self._disk.shutdown(wait=True)
+        self._helper.shutdown(wait=True)
 
     @property
     def alive(self) -> bool:
@@ -299,9 +306,14 @@ class Engine:
         served = self.served[self.runs[ready[0].scope].base]
         results = None
         try:
-            for results in compute.train(served, parts, micro_batch_tokens=self.settings.micro_batch_tokens):
-                if not results:
-                    yield
+            if compute.can_be_halved(parts):
+                results = compute.train_halves(
+                    served, parts, micro_batch_tokens=self.settings.micro_batch_tokens, helper=self._helper
+                )
+            else:
+                for results in compute.train(served, parts, micro_batch_tokens=self.settings.micro_batch_tokens):
+                    if not results:
+                        yield
         except Exception as error:
             if len(ready) == 1:
                 self._fail(ready[0], error)
@@ -313,7 +325,10 @@ class Engine:
         if written is not None and written.exception() is not None:
             log.warning("group_not_recorded", extra={"data": {"error": str(written.exception())}})
         for request, result in zip(ready, results, strict=True):
-            self._trained(request, result)
+            if isinstance(result, Exception):
+                yield from self._alone(request)
+            else:
+                self._trained(request, result)
 
     def _alone(self, request: Request) -> Iterator[None]:
         run = self.runs[request.scope]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,12 +53,15 @@ class _Site:
 
 
 class LoraHost:
-    """A base model whose linear layers listen to a route. Nothing is adapted while no route is set."""
+    """A base model whose linear layers listen to a route. Nothing is adapted while no route is set.
+
+    A route is that of the thread which set it: two threads may run passes of the same model at once.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.sites: list[_Site] = []
-        self.route: TrainRoute | SampleRoute | None = None
+        self._routes = threading.local()
         model.requires_grad_(False)
         head = model.get_output_embeddings()
         for name, module in list(model.named_modules()):
@@ -70,14 +74,18 @@ class LoraHost:
             self.sites.append(_Site(name, part, module.in_features, module.out_features))
         self.parts = {site.part for site in self.sites}
 
+    @property
+    def route(self) -> TrainRoute | SampleRoute | None:
+        return getattr(self._routes, "now", None)
+
     @contextlib.contextmanager
     def routed(self, route: TrainRoute | SampleRoute | None) -> Iterator[None]:
         """The route of the passes inside. Routes do not nest."""
-        self.route = route
+        self._routes.now = route
         try:
             yield
         finally:
-            self.route = None
+            self._routes.now = None
 
     def adapted(self, shape: LoraShape) -> list[int]:
         """Indices of the sites that the shape adapts. Raises ConfigError where it adapts none, or a part has none."""

@@ -9,6 +9,7 @@ Left out on purpose: HTTP (`app.py`) and tensors (`engine.py`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from tinker import types as wire_types
 from tinker.proto import tinker_public_pb2 as pb
+from tinker.types.futures_retrieve_request import FuturesRetrieveRequest
 
 from cispo.server import wire
 from cispo.server.compute import ScoreRequest, ServedModel
@@ -54,6 +56,7 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 MAX_RANK = 1024
 KEEP_DELIVERED = 600.0  # seconds that a fetched result is kept for a repeated request
 KEEP_UNFETCHED = 86400.0
+CLONE_SEQS = 1_000_000_000  # the SDK counts the requests of its n-th client of a sampling session from n times this
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,127}")
 
 
@@ -94,6 +97,9 @@ class Service:
         self._pending: dict[str, int] = {}
         self._saving: set[str] = set()
         self._top: dict[str, int] = {}  # by scope, the largest seq_id that the log has
+        self._finished: dict[str, dict[str, tuple[int, Request]]] = {}
+        self._finishing: dict[str, asyncio.Event] = {}
+        self._order = 0
         self.draining = False
         self.engine = Engine(served, self.runs, store, settings, metrics, self._saved)
 
@@ -163,6 +169,8 @@ class Service:
         request.replayed = request.resolved
         self.requests[request.id] = request
         self._by_seq[request.scope, request.seq] = request
+        if request.kind == "asample" and request.resolved:
+            self._note_finished(request)
         if row["payload"] is None:
             return False
         payload = bytes(row["payload"])
@@ -266,10 +274,14 @@ class Service:
             request.accepted.exception()  # it need not be fetched by a repeated request
             raise refusal from None
         request.accepted.set_result(None)
+        if not counted and request.kind == "asample":
+            self._note_finished(request)
         return request
 
     def _resolved(self, request: Request) -> None:
         self._count(request.owner, -1)
+        if request.kind == "asample":
+            self._note_finished(request)
 
     def _count(self, owner: str, by: int) -> None:
         self._pending[owner] = self._pending.get(owner, 0) + by
@@ -322,6 +334,50 @@ class Service:
             request.result = bytes(rows[0][0])
         request.delivered = time.time()
         return request
+
+    async def retrieve_many(self, owner: str, body: Mapping[str, Any]) -> dict:
+        """What of a sampling session has finished since `prev_cursor`; held open until there is something.
+
+        The cursor is the place in the order of finishing. What was retrieved is reported no more.
+        """
+        message = _parse(FuturesRetrieveRequest, body)
+        sampler = self.sampler(owner, message.target.sampling_session_id)
+        hold = self.hold_seconds if message.timeout is None else message.timeout
+        if not (np.isfinite(hold) and hold >= 0):
+            raise Malformed("timeout: it is 0 or more seconds")
+        deadline = time.monotonic() + min(hold, self.hold_seconds)
+        known = self._finished.setdefault(sampler.id, {})
+        for request_id in message.retrieved_request_ids:
+            known.pop(request_id, None)
+        while True:
+            new = [
+                (order, request) for order, request in known.values()
+                if order > message.prev_cursor and request.seq // CLONE_SEQS == message.target.cloned_sampler_id
+            ]  # fmt: skip
+            left = deadline - time.monotonic()
+            if new or left <= 0:
+                break
+            event = self._finishing.setdefault(sampler.id, asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), left)
+        completions = []
+        for _, request in new:
+            if request.status == "failed":
+                completions.append({"state": "failed", "request_id": request.id})
+            else:
+                size = None if request.result is None else len(request.result)
+                completions.append(
+                    {"state": "finished", "request_id": request.id, "response_payload_uncompressed_size": size}
+                )
+        return {"completions": completions, "cursor": max([message.prev_cursor, *(order for order, _ in new)])}
+
+    def _note_finished(self, request: Request) -> None:
+        """For those who ask for a sampling session as a whole. Orders go up over restarts too, by the clock."""
+        self._order = max(self._order + 1, int(1e6 * time.time()))
+        self._finished.setdefault(request.scope, {})[request.id] = (self._order, request)
+        event = self._finishing.pop(request.scope, None)
+        if event is not None:
+            event.set()
 
     async def cancel(self, owner: str, body: Mapping[str, Any]) -> dict:
         request = self.requests.get(_text(body, "request_id"))
@@ -1001,6 +1057,7 @@ class Service:
         for request in old:
             self.requests.pop(request.id)
             self._by_seq.pop((request.scope, request.seq), None)
+            self._finished.get(request.scope, {}).pop(request.id, None)
         for request in self.requests.values():  # the log has it: memory need not
             if request.resolved and request.delivered is not None and request.delivered < now - 60:
                 request.result = None
