@@ -565,8 +565,8 @@ class VllmConfig(Section):
     start_timeout_s: Positive = 900.0
     """How long an engine may take to start, or a server to come back."""
     probe_updates: NonNegativeInt = 3
-    """After each of the first weight updates, the engine's log-probs are compared with the learner's. The probe settings
-    hold for every sampler of a Ray pool, vLLM or not."""
+    """After each of the first weight updates, the engine's log-probs are compared with the learner's. The probe
+    settings hold for every sampler of a Ray pool, vLLM or not."""
     probe_every: NonNegativeInt = 20
     """And after every so many. 0: after the first ones only."""
     probe_tolerance: Positive | None = None

@@ -109,8 +109,8 @@ def compare(
     others = {v: name for name, c in zip(names, completions, strict=True) for v in c.versions if v != version}
     if others:
         raise RunError(
-            f"{others[min(others)]}: after the update to version {version}, tokens were written by version {min(others)}; the "
-            "engine's weights are not the ones that were published"
+            f"{others[min(others)]}: after the update to version {version}, tokens were written by version "
+            f"{min(others)}; the engine's weights are not the ones that were published"
         )
     worst, total, tokens, at = 0.0, 0.0, 0, (0, 0)
     expected = reference(rows, temperature or 1.0)
