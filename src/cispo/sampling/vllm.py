@@ -34,6 +34,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -439,6 +440,9 @@ class VllmSampler:
 
     def _run_loop(self) -> None:
         # Ctrl-C asks the trainer for an orderly end; the engine's processes, which inherit this mask, must outlive it.
+        # The process's first start of a child also starts Python's resource tracker, and that unblocks SIGINT again in
+        # the thread that does it: it must be running before.
+        resource_tracker.ensure_running()
         with contextlib.suppress(AttributeError, ValueError):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
