@@ -139,4 +139,4 @@ def test_every_recipe_is_a_config(recipe):
 )
 def test_what_a_pool_of_vllm_samplers_cannot_do_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        load(None, ["--cluster", "ray", "--async.sampler", "vllm", *words.split()])
+        configs.load(None, ["--cluster", "ray", "--async.sampler", "vllm", *words.split()])
