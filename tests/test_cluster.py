@@ -137,11 +137,34 @@ def test_samplers_that_die_or_fall_silent_lose_nothing(parts):
     assert {n: drawn(c) for n, c in found.items()} == {n: drawn(c) for n, c in expected.items()}
 
 
+def test_every_sampler_is_probed_though_one_dies_meanwhile(parts):
+    sampler, before = parts.sampler, parts.sampler.restarts
+    for request in requests(24):
+        sampler.submit(request)
+    os.kill(sampler.processes()[1], signal.SIGKILL)
+    sampler.update_weights(parts.learner.weights(), 6)
+    assert sampler.restarts == before + 1
+    assert sampler.parity.version == 6 and 0 < sampler.parity.max <= 1e-4
+    assert sampler.parity.tokens == 2 * 4 * 16
+    assert set(all_of(sampler)) == set(range(24))  # what came during the probe was kept
+
+
+def test_a_sampler_with_other_weights_than_the_learners_ends_the_run(parts):
+    sampler = parts.sampler
+    other = {name: tensor * 1.5 for name, tensor in parts.learner.weights().items()}
+    sampler._tell(sampler._seats[1], "weights", ((ray.put(pack(other)),), sampler.version))
+    with pytest.raises(RunError, match="sampler 1: at version 6 its log-probs differ from the learner's by up to"):
+        sampler.probe()
+    sampler.update_weights(parts.learner.weights(), 6)
+    assert sampler.probe().max <= 1e-4
+
+
 def test_a_new_sampler_has_the_newest_weights_and_their_version(parts):
     weights = dict(parts.learner.weights())
     head = weights["lm_head.weight"]
     only = torch.zeros_like(head)
-    parts.sampler.update_weights({**weights, "lm_head.weight": only}, 7)  # all tokens equally likely
+    with pytest.raises(RunError, match="sampler 0: at version 7"):  # for these are not the learner's
+        parts.sampler.update_weights({**weights, "lm_head.weight": only}, 7)  # all tokens equally likely
     os.kill(parts.sampler.processes()[0], signal.SIGKILL)
     for request in requests(8):
         parts.sampler.submit(request)

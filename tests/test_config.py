@@ -121,3 +121,22 @@ RECIPES = configs.Path(__file__).parents[1] / "recipes"
 def test_every_recipe_is_a_config(recipe):
     raw = configs.read_yaml(recipe)
     assert configs.validate(raw, source=str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--vllm.weight_transfer nccl",
+            "vllm.weight_transfer: nccl with cluster.kind: ray, .*; use weight_transfer: file",
+        ),
+        ("--vllm.weight_transfer ipc", "vllm.weight_transfer: ipc with cluster.kind: ray"),
+        (
+            "--vllm.url http://a:1 --cluster.samplers 2",
+            "vllm.url: http://a:1 with cluster.samplers: 2, .* use samplers: 1",
+        ),
+    ],
+)
+def test_what_a_pool_of_vllm_samplers_cannot_do_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.load(None, ["--cluster", "ray", "--async.sampler", "vllm", *words.split()])

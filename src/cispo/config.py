@@ -567,7 +567,8 @@ class VllmConfig(Section):
     start_timeout_s: Positive = 900.0
     """How long an engine may take to start, or a server to come back."""
     probe_updates: NonNegativeInt = 3
-    """After each of the first weight updates, the engine's log-probs are compared with the learner's."""
+    """After each of the first weight updates, the engine's log-probs are compared with the learner's. The probe
+    settings hold for every sampler of a Ray pool, vLLM or not."""
     probe_every: NonNegativeInt = 20
     """And after every so many. 0: after the first ones only."""
     probe_tolerance: Positive | None = None
@@ -694,6 +695,17 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"rollout.{truncated[0]}: {getattr(rollout, truncated[0]):g} with async.sampler: vllm, whose log-probs are "
             "of the truncated distribution, not of the policy; remove the truncation, or use async.sampler: process"
         )
+    if config.cluster.kind == "ray" and config.asynchrony.sampler == "vllm":
+        if config.vllm.weight_transfer != "file":
+            yield (
+                f"vllm.weight_transfer: {config.vllm.weight_transfer} with cluster.kind: ray, whose samplers get their "
+                "weights through Ray's object store; use weight_transfer: file"
+            )
+        if config.vllm.url is not None and config.cluster.samplers > 1:
+            yield (
+                f"vllm.url: {config.vllm.url} with cluster.samplers: {config.cluster.samplers}, which would all change "
+                "the weights of one server; use samplers: 1, or remove the url so that each has an engine of its own"
+            )
     sequence_level = isinstance(algorithm.objective, GspoObjective) or (
         isinstance(algorithm.objective, FunctionObjective) and algorithm.objective.sequence_level
     )

@@ -277,11 +277,12 @@ def test_a_cancelled_request_is_forgotten(untied):
 # ------------------------------------------------------------------------------------------------------ how it dies
 
 
-def test_an_interrupt_of_the_trainer_leaves_the_engine_alone(tied):
-    for pid in alive(tied):
+def test_an_interrupt_of_the_trainer_leaves_the_engine_alone(side):
+    """Of either engine: the first of a process inherits its signal mask in other circumstances than the second."""
+    for pid in alive(side):
         os.kill(pid, signal.SIGINT)
-    assert tied.sampler.probe().max <= PARITY
-    assert tied.sampler.restarts == 0
+    assert side.sampler.probe().max <= PARITY
+    assert side.sampler.restarts == 0
 
 
 def test_a_killed_engine_is_replaced_with_the_newest_weights_and_asked_again(tied):

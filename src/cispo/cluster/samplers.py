@@ -2,7 +2,8 @@
 
 The pool keeps every request until its result is there. A sampler that dies, or gives no sign of life, is started again
 with the newest weights, and its requests are submitted again with their ids and seeds; a result counts once, whoever
-brings it. Left out on purpose: how tokens are sampled (`sampling/`).
+brings it. After the first updates, and every so often, each sampler is probed: it samples a few short completions, and
+their log-probs are compared with the learner's (`sampling/probe.py`). Left out on purpose: how tokens are sampled.
 
 The actor's loop. Consumes: commands, in the order in which the pool numbered them. Waits for: a command, when it has
 nothing to sample. Unblocked by: the pool. Produces: results, or the exception that ended it.
@@ -15,17 +16,20 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch import Tensor
 
+from cispo import model as models
 from cispo.cluster.weights import RemoteWeights, pack, put, unpack
 from cispo.config import Config
-from cispo.types import CispoError, RunError, Sampler, SampleRequest, SampleResult
+from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
+from cispo.types import CispoError, Completion, RunError, Sampler, SampleRequest, SampleResult
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,8 @@ WAIT_S = 0.05
 """How long `poll` may wait for a result before it lets its caller look around."""
 TAKE_S = 1.0
 """How long an actor holds the question for results while there are none. Its answer is also its sign of life."""
+PROBES = -(1 << 62)
+"""Request ids from here on are probes'; the trainer's are far above."""
 
 
 class Worker:
@@ -82,11 +88,11 @@ class Worker:
                 self._news.notify_all()
 
     def _serve(self) -> None:
-        sampler = build_sampler(self._config, self._path)
+        sampler = build_sampler(self._config, self._path, self._live)
         drain = not self._config.asynchrony.in_flight_weight_updates
         self._ready = True
         while True:
-            self._beat = time.monotonic()
+            self._live()
             try:
                 kind, value = self._commands.get(timeout=None if sampler.pending else TAKE_S, block=not sampler.pending)
             except queue.Empty:
@@ -100,8 +106,11 @@ class Worker:
                 (reference,), version = value
                 while drain and sampler.pending:  # what was submitted before is finished under the old weights
                     self._advance(sampler)
-                    self._beat = time.monotonic()
+                    self._live()
                 sampler.update_weights(unpack(ray.get(reference)), version)
+
+    def _live(self) -> None:
+        self._beat = time.monotonic()
 
     def _advance(self, sampler: Sampler) -> None:
         results = sampler.poll() if sampler.pending else []
@@ -111,26 +120,23 @@ class Worker:
                 self._news.notify_all()
 
 
-def build_sampler(config: Config, path: str) -> Sampler:
-    """The engine of one actor, with weights of its own."""
-    import torch
-
-    from cispo import model as models
-
+def build_sampler(config: Config, path: str, alive: Callable[[], None]) -> Sampler:
+    """The engine of one actor, with weights of its own. alive: to be called while a call takes long."""
     torch.set_num_threads(config.asynchrony.sampler_threads)
     asynchrony = config.asynchrony
     if asynchrony.sampler == "vllm":
         from cispo.sampling.vllm import VllmSampler
 
-        tokenizer = models.load_tokenizer(path)
         return VllmSampler(
             path,
             config.vllm,
-            tokenizer=tokenizer,
+            dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
+            tokenizer=models.load_tokenizer(path),
             in_flight=asynchrony.in_flight_weight_updates,
             recompute_kv=asynchrony.recompute_kv,
             threads=asynchrony.sampler_threads,
             seed=config.seed,
+            alive=alive,
         )
     from cispo.sampling.local import LocalSampler
 
@@ -166,19 +172,39 @@ class _Seat:
 
 
 class RaySamplerPool:
-    """A `Sampler`. options: Ray's, of each sampler's actor."""
+    """A `Sampler`. options: Ray's, of each sampler's actor. reference: the learner's log-probs
+    (`probe.learner_logprobs`), asked while the learner is idle, that is during `update_weights`; None: no probes.
+    """
 
     share_weights = False
 
-    def __init__(self, config: Config, path: str | Path, options: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        path: str | Path,
+        options: Sequence[Mapping[str, Any]],
+        reference: LearnerLogprobs | None = None,
+    ) -> None:
         self.version = 0
+        self.parity: Parity | None = None
+        """What the newest probe found."""
         self.restarts = 0
         self._config, self._path = config, str(path)
         # Enough waits at each sampler that it never runs dry; the rest waits here, for whoever is first.
         rows = config.vllm.max_sequences if config.asynchrony.sampler == "vllm" else config.rollout.max_batch_rows
         self._capacity = 2 * rows
         self._weights: Any = None
+        self._updates = 0
         self._queue: deque[SampleRequest] = deque()
+        self._kept: list[SampleResult] = []
+        self._reference = reference
+        model = models.load_config(self._path).get_text_config()
+        self._recent = Recent(model.vocab_size)
+        self._context_length = config.vllm.context_length or getattr(model, "max_position_embeddings", None)
+        kinds = [config.vllm.dtype if config.asynchrony.sampler == "vllm" else "auto", config.model.dtype]
+        kind = next((kind for kind in kinds if kind != "auto"), None)
+        dtype = getattr(torch, kind) if kind else getattr(model, "dtype", None) or torch.float32
+        self._tolerance = config.vllm.probe_tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         self._actor = ray.remote(concurrency_groups={"commands": 1, "results": 1})(Worker)
         self._seats = [_Seat(chosen) for chosen in options]
         for seat in self._seats:
@@ -188,23 +214,25 @@ class RaySamplerPool:
 
     @property
     def pending(self) -> int:
-        return len(self._queue) + sum(len(seat.requests) for seat in self._seats)
+        return len(self._queue) + len(self._kept) + sum(len(seat.requests) for seat in self._seats)
 
     def submit(self, request: SampleRequest) -> None:
+        self._recent.note(request)
         self._queue.append(request)
         self._hand_out()
 
     def cancel(self, request_id: int) -> None:
         self._queue = deque(request for request in self._queue if request.request_id != request_id)
+        self._kept = [result for result in self._kept if result.request_id != request_id]
         for seat in self._seats:
             if seat.requests.pop(request_id, None) is not None:
                 self._tell(seat, "cancel", request_id)
 
     def poll(self, *, wait: bool = True) -> list[SampleResult]:
         """What has finished; `wait` allows up to WAIT_S for the first of it. Raises what ended a sampler for good."""
-        results: list[SampleResult] = []
+        results, self._kept = self._kept, []
         questions = {seat.question: seat for seat in self._seats}
-        ray.wait(list(questions), num_returns=1, timeout=WAIT_S if wait and self.pending else 0)
+        ray.wait(list(questions), num_returns=1, timeout=WAIT_S if wait and self.pending and not results else 0)
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0)
         for question in answered:
             results += self._answer(questions[question])
@@ -216,13 +244,67 @@ class RaySamplerPool:
         return results
 
     def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
-        """Publish. Returns at once: a request submitted from now on is sampled under these weights."""
+        """Publish: a request submitted from now on is sampled under these weights.
+
+        Returns at once, or after the probe where one is due; raises RunError where a sampler fails it.
+        """
         if weights is None:
             raise RunError("samplers on a cluster have weights of their own: pass learner.weights()")
         self._weights = weights.reference if isinstance(weights, RemoteWeights) else put(pack(weights))
         self.version = version
         for seat in self._seats:
             self._tell(seat, "weights", ((self._weights,), version))
+        self._updates += 1
+        if self._reference is not None and due(self._updates, self._config.vllm):
+            self.probe()
+
+    def probe(self) -> Parity:
+        """Let each sampler sample beginnings of recent prompts, and compare its log-probs with the learner's.
+
+        The probes go through the samplers' doors like all requests, so that one which dies meanwhile answers after its
+        restart; other results that come meanwhile are kept for `poll`. Raises RunError where a sampler differs by more
+        than the tolerance, or has not answered within async.watchdog_s.
+        """
+        asked: dict[int, tuple[int, SampleRequest]] = {}
+        for number, seat in enumerate(self._seats):
+            for request in self._recent.requests(
+                PROBES + len(asked), seed=self._updates, context_length=self._context_length
+            ):
+                asked[request.request_id] = (number, request)
+                seat.requests[request.request_id] = request
+                self._tell(seat, "submit", request)
+        completions: dict[int, Completion] = {}
+        kept, limit = [], self._config.asynchrony.watchdog_s
+        until = time.monotonic() + limit
+        while len(completions) < len(asked):
+            for result in self.poll():
+                if result.request_id in asked:
+                    completions[result.request_id] = result.completions[0]
+                else:
+                    kept.append(result)
+            if time.monotonic() > until:
+                late = sorted({number for id_, (number, _) in asked.items() if id_ not in completions})
+                raise RunError(
+                    f"sampler {', '.join(map(str, late))}: has not answered a probe within {limit:g} s "
+                    "(async.watchdog_s)"
+                )
+        self._kept += kept
+        self.parity = compare(
+            [request.prompt for _, request in asked.values()],
+            [completions[request_id] for request_id in asked],
+            self._reference,
+            temperature=self._recent.temperature,
+            tolerance=self._tolerance,
+            version=self.version,
+            names=[f"sampler {number}" for number, _ in asked.values()],
+        )
+        return self.parity
+
+    def wait_until_ready(self) -> None:
+        """Until every sampler is loaded and can be asked. Raises what kept one from it."""
+        while not all(seat.ready for seat in self._seats):
+            ray.wait([seat.question for seat in self._seats if not seat.ready], num_returns=1, timeout=TAKE_S)
+            self._kept += self.poll(wait=False)
 
     def close(self) -> None:
         for seat in self._seats:

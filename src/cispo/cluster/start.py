@@ -101,6 +101,7 @@ def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
     from cispo.cluster.learners import RayLearnerGroup
     from cispo.cluster.rewards import ScoredElsewhere
     from cispo.cluster.samplers import RaySamplerPool
+    from cispo.sampling.probe import learner_logprobs
 
     cluster = config.cluster
     where = place(config)
@@ -108,11 +109,15 @@ def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
         ranks = [where.options(i) for i in range(cluster.learner_ranks)]
         first = cluster.learner_ranks
         learner = RayLearnerGroup(config, path, ranks)
-        sampler = RaySamplerPool(config, path, [where.options(first + i) for i in range(cluster.samplers)])
+        seats = [where.options(first + i) for i in range(cluster.samplers)]
+        sampler = RaySamplerPool(config, path, seats, learner_logprobs(learner))
         first += cluster.samplers
         workers = [where.options(first + i) for i in range(cluster.reward_workers)]
         scored = ScoredElsewhere(task, workers, timeout_s=cluster.reward_timeout_s) if workers else task
         learner.wait_until_ready()
+        sampler.wait_until_ready()
+        if config.vllm.probe_updates:
+            sampler.probe()  # before the first rollout: both have read the same folder
     except BaseException:
         where.close()
         raise

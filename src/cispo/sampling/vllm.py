@@ -30,10 +30,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +46,7 @@ from torch import Tensor
 
 from cispo import model as models
 from cispo.config import VllmConfig
-from cispo.sampling.probe import LearnerLogprobs, Parity, compare
+from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
 from cispo.sampling.vllm_server import (
     SUPPORTED,
     Engine,
@@ -73,11 +74,7 @@ log = logging.getLogger(__name__)
 BACKEND = "cispo"
 """Our weight transfer engine's name in vLLM's registry."""
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Accepted |Δ log-prob| in nats. Measured between vLLM 0.32 and transformers: 1e-5 in float32, 0.07 in bfloat16."""
-
 _POLL_S, _HEARTBEAT_S, _HOUR_S = 0.2, 5.0, 3600.0
-_PROBE_ROWS, _PROBE_PROMPT, _PROBE_TOKENS = 4, 256, 16
 
 
 _IDENTITY = (
@@ -232,7 +229,8 @@ class VllmSampler:
     eos_token_ids: what ends a completion when its `stop_token_ids` is None; None: what the folder and tokenizer name.
     in_flight: completions go on under new weights; otherwise `update_weights` waits for them. recompute_kv: compute
     their keys and values again, instead of keeping those of the weights that wrote them. Both may be changed later.
-    threads: of the engine, on CPU cores. seed: of the seeds of requests that bring none.
+    threads: of the engine, on CPU cores. seed: of the seeds of requests that bring none. alive: called several times a
+    second while a call waits, for whoever watches the caller.
 
     A seed repeats a completion on the same engine under equal load; neighbours in the batch can change its last bits.
     Raises ConfigError for another version of vLLM, another model or vocabulary behind the address, and settings that
@@ -255,8 +253,10 @@ class VllmSampler:
         threads: int = 1,
         seed: int = 0,
         version: int = 0,
+        alive: Callable[[], None] | None = None,
     ):
         self.version = version
+        self._alive = alive
         self.config = config = config or VllmConfig()
         self.model = str(model)
         self.tokenizer = tokenizer
@@ -283,8 +283,7 @@ class VllmSampler:
         self._published = config.url is None
         self._updates = 0
         self._seeds = random.Random(seed)
-        self._probe_prompts: deque[tuple[int, ...]] = deque(maxlen=_PROBE_ROWS)
-        self._temperature = 1.0
+        self._recent = Recent(self.vocab_size)
         self._engine: Any = None
         self._sender: Any = None
         self._deaths: deque[float] = deque()
@@ -320,9 +319,7 @@ class VllmSampler:
             raise RunError(
                 f"vllm.url: {self.config.url} has not got this run's weights; call update_weights before submit"
             )
-        if request.prompt not in self._probe_prompts:
-            self._probe_prompts.append(request.prompt)
-        self._temperature = request.params.temperature
+        self._recent.note(request)
         with self._arrived:
             self._open.add(request.request_id)
         self._tasks[request.request_id] = asyncio.run_coroutine_threadsafe(self._serve(request), self._loop)
@@ -390,9 +387,7 @@ class VllmSampler:
         if old is not None:
             old.unlink(missing_ok=True)
         self._updates += 1
-        every = self.config.probe_every
-        due = self._updates <= self.config.probe_updates or (every and self._updates % every == 0)
-        if due and self._reference is not None:
+        if self._reference is not None and due(self._updates, self.config):
             self.probe()
 
     def probe(self) -> Parity:
@@ -402,24 +397,18 @@ class VllmSampler:
         """
         if self._reference is None:
             raise ConfigError("probe: there is nothing to compare with; construct the sampler with `reference`")
-        room = (self.context_length or 1 << 30) - 1
-        tokens = min(_PROBE_TOKENS, room)
-        prompts = [prompt[: min(_PROBE_PROMPT, room - tokens + 1)] for prompt in self._probe_prompts]
-        if not prompts:
-            draw = random.Random(0)
-            prompts = [tuple(draw.randrange(self.vocab_size) for _ in range(min(16, room - tokens + 1)))]
-        params = SamplingParams(max_tokens=tokens, temperature=self._temperature, stop_token_ids=(), seed=self._updates)
-        jobs = [self._complete(SampleRequest(-1, prompt, 1, params)) for prompt in prompts]
+        requests = self._recent.requests(-1, seed=self._updates, context_length=self.context_length)
+        jobs = [self._complete(request) for request in requests]
 
         async def complete() -> list[tuple[Completion, ...]]:
             return list(await asyncio.gather(*jobs))
 
         completions = [found[0] for found in self._wait(complete(), "a probe")]
         self.parity = compare(
-            prompts,
+            [request.prompt for request in requests],
             completions,
             self._reference,
-            temperature=self._temperature,
+            temperature=self._recent.temperature,
             tolerance=self._tolerance,
             version=self.version,
         )
@@ -451,6 +440,9 @@ class VllmSampler:
 
     def _run_loop(self) -> None:
         # Ctrl-C asks the trainer for an orderly end; the engine's processes, which inherit this mask, must outlive it.
+        # The process's first start of a child also starts Python's resource tracker, and that unblocks SIGINT again in
+        # the thread that does it: it must be running before.
+        resource_tracker.ensure_running()
         with contextlib.suppress(AttributeError, ValueError):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
@@ -700,6 +692,8 @@ class VllmSampler:
                 if future.done():
                     raise
                 self._check_start()
+                if self._alive is not None:
+                    self._alive()
             except CispoError:
                 raise
             except Exception as error:
