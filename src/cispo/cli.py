@@ -143,6 +143,9 @@ def compose(
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    elif config.asynchrony.place == "process" and config.cluster.kind == "none" and config.learner.endpoint is None:
+        # Threads of two processes on the same cores wait for each other at every barrier.
+        torch.set_num_threads(max(1, torch.get_num_threads() - config.asynchrony.sampler_threads))
     torch.manual_seed(config.seed)
     if task is None:
         tasks.check(config.task)
@@ -250,7 +253,7 @@ def build_sampler(
         "max_batch_rows": config.rollout.max_batch_rows,
         "recompute_kv_on_update": asynchrony.recompute_kv,
     }
-    place = asynchrony.sampler or ("process" if asynchrony.max_staleness else "inline")
+    place = asynchrony.place
     if place == "inline" and loaded is not None:
         eos = models.eos_token_ids(loaded.model, loaded.tokenizer)
         return LocalSampler(loaded.model, loaded.tokenizer, eos_token_ids=eos, **options)

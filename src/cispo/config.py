@@ -535,6 +535,11 @@ class AsyncConfig(Section):
     watchdog_s: Positive = 1800.0
     """The run ends with an error when what it waits for makes no progress for this long."""
 
+    @property
+    def place(self) -> Literal["inline", "process", "vllm"]:
+        """`sampler`, chosen."""
+        return self.sampler or ("process" if self.max_staleness else "inline")
+
 
 class VllmConfig(Section):
     """vLLM as the sampler (extra `vllm`; chosen by async.sampler: vllm)."""
@@ -647,7 +652,7 @@ class Config(Section):
     steps: PositiveInt = 12
     """RL steps (rollouts)."""
     threads: PositiveInt | None = None
-    """CPU threads of torch. None: torch's own choice."""
+    """CPU threads of torch. None: torch's own choice, less async.sampler_threads beside a sampler process."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = ThinkTask()
     rollout: RolloutConfig = RolloutConfig()

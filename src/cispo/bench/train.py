@@ -1,4 +1,5 @@
-"""`cispo bench train`: one whole RL step of the `think` run, against TRL's `GRPOTrainer(loss_type="cispo")`.
+"""`cispo bench train`: one whole RL step of the `think` run, synchronous and one step stale, against TRL's
+`GRPOTrainer(loss_type="cispo")`.
 
 Same model, prompts, group size, completion limit, updates per rollout, optimizer and learning rate. Contenders take
 turns, each time in a fresh process with the same number of threads, and the figure is seconds per rollout with its
@@ -11,6 +12,7 @@ purpose: reports, checkpoints and evaluation, on both sides.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -28,7 +30,7 @@ from rich.table import Table
 
 from cispo.types import RunError
 
-CONTENDERS = ("cispo", "trl")
+CONTENDERS = ("cispo", "cispo, max_staleness 1", "trl")
 MAX_TOKENS, GROUPS, GROUP_SIZE = 10, 32, 16
 
 
@@ -43,14 +45,15 @@ class TrainBenchOptions:
     updates: int = 16
     """Optimizer updates per rollout."""
     learning_rate: float = 1e-7
-    threads: int = 2
+    threads: int | None = None
+    """CPU threads of each contender. None: what it chooses itself."""
     json: Path | None = None
     """Also write the figures as JSON."""
 
 
 def run(options: TrainBenchOptions) -> int:
     console = Console(highlight=False)
-    contenders = [name for name in CONTENDERS if name == "cispo" or _installed("trl")]
+    contenders = [name for name in CONTENDERS if name != "trl" or _installed("trl")]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     outside: list[float] = []
     for _ in range(options.rounds):
@@ -58,7 +61,7 @@ def run(options: TrainBenchOptions) -> int:
             with console.status(f"{name}: {options.rollouts} rollouts"):
                 result = _measure(name, options)
             seconds[name] += result["seconds"][1:]
-            outside += result.get("outside", [])[1:]
+            outside += result.get("outside", [])[1:] if name == "cispo" else []
     ours = statistics.median(seconds["cispo"])
     table = Table(
         title=f"{GROUPS} × {GROUP_SIZE} completions of at most {MAX_TOKENS} tokens, {options.updates} updates"
@@ -93,7 +96,8 @@ def _measure(name: str, options: TrainBenchOptions) -> dict[str, Any]:
     """One run in a fresh process. Raises RunError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        words = [name, str(options.rollouts), str(options.updates), str(options.learning_rate), str(options.threads)]
+        words = [name, str(options.rollouts), str(options.updates), str(options.learning_rate)]
+        words.append(str(options.threads or 0))
         done = subprocess.run(
             [sys.executable, "-m", "cispo.bench.train", *words, str(out), folder],
             capture_output=True,
@@ -108,7 +112,9 @@ def _measure(name: str, options: TrainBenchOptions) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- in a fresh process
 
 
-def _cispo(rollouts: int, updates: int, learning_rate: float, threads: int, folder: Path) -> dict[str, Any]:
+def _cispo(
+    rollouts: int, updates: int, learning_rate: float, threads: int, folder: Path, staleness: int = 0
+) -> dict[str, Any]:
     from cispo import cli
     from cispo import config as configs
     from cispo.learner import LocalLearner
@@ -149,9 +155,10 @@ def _cispo(rollouts: int, updates: int, learning_rate: float, threads: int, fold
     overrides = {
         "run_dir": folder / "run",
         "steps": rollouts,
-        "threads": threads,
+        **({"threads": threads} if threads else {}),
         "algorithm.updates_per_rollout": updates,
         "optimizer.learning_rate": learning_rate,
+        "async.max_staleness": staleness,
         "eval.every": 0,
         "checkpoint.every": 0,
     }
@@ -167,7 +174,8 @@ def _trl(rollouts: int, updates: int, learning_rate: float, threads: int, folder
 
     from cispo.tasks import think
 
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     task = think.ThinkTask()
     rows = [{"prompt": p.text, "answer": p.columns["answer"]} for p in task.prompts("train")]
 
@@ -222,6 +230,6 @@ def _trl(rollouts: int, updates: int, learning_rate: float, threads: int, folder
 
 if __name__ == "__main__":
     contender, rollouts, updates, learning_rate, threads, out, folder = sys.argv[1:]
-    work = {"cispo": _cispo, "trl": _trl}[contender]
+    work = {"cispo": _cispo, "cispo, max_staleness 1": functools.partial(_cispo, staleness=1), "trl": _trl}[contender]
     found = work(int(rollouts), int(updates), float(learning_rate), int(threads), Path(folder))
     Path(out).write_text(json.dumps(found))
