@@ -84,9 +84,10 @@ class TrainPart:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """logprobs: per datum, in the shape of its targets."""
+    """logprobs: per datum, in the shape of its targets. entropy: per datum, flat, of each target's distribution."""
 
     logprobs: list[Tensor]
+    entropy: list[Tensor]
     metrics: dict[str, float]
 
 
@@ -257,7 +258,7 @@ class _Output:
     def done(self) -> TrainResult:
         shaped = [x.view(row.shape) for x, row in zip(self.logprobs, self.work.rows, strict=True)]
         metrics = metrics_of(self.work, sum(self.losses), torch.cat(self.logprobs), torch.cat(self.entropy))
-        return TrainResult(shaped, metrics)
+        return TrainResult(shaped, self.entropy, metrics)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
