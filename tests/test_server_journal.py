@@ -181,7 +181,7 @@ def test_what_is_accumulated_is_one_step_and_what_is_thrown_away_is_none(tiny_fo
     assert sorted(found.rollout_steps()) == [1, 4]
     rows = list(read_jsonl(found.rollout_steps()[4]))
     assert [row["trained"] for row in rows] == [False] * 4 and len(rows[0]["tokens"]) == LENGTH
-    page_data([found])
+    assert page_data([found])["runs"][0]["forks"]["steps"] == [1, 4]
 
 
 def test_rollout_files_are_capped(tiny_folder, tmp_path):

@@ -252,7 +252,7 @@ class _Output:
     def add(self, rows: Sequence, numbers: list[int], loss: float, logprobs_T: Tensor, entropy_T: Tensor) -> None:
         sizes = [row.targets.numel() for row in rows]
         for r, logprobs, entropy in zip(numbers, logprobs_T.split(sizes), entropy_T.split(sizes), strict=True):
-            self.logprobs[r], self.entropy[r] = logprobs.float(), entropy.float()
+            self.logprobs[r], self.entropy[r] = logprobs.float(), entropy.detach().float()
         self.losses.append(loss)
 
     def done(self) -> TrainResult:
