@@ -4,6 +4,7 @@
 import json
 import shutil
 import stat
+import time
 
 import pytest
 
@@ -61,6 +62,17 @@ def step(run, seed, loss="cispo", **config):
 def lines_of(state):
     (folder,) = (state / "runs").iterdir()
     return list(read_jsonl(folder / "metrics.jsonl"))
+
+
+def wait_for_steps(state, steps):
+    deadline, found = time.monotonic() + 10, None
+    while found != steps and time.monotonic() < deadline:
+        time.sleep(0.01)
+        try:
+            found = [line["step"] for line in lines_of(state)]
+        except (OSError, ValueError):  # not there yet
+            found = None
+    assert found == steps
 
 
 def embedded(page):
@@ -128,17 +140,21 @@ def test_after_sigkill_steps_go_on_with_none_twice_and_none_missing(tiny_folder,
     server.wait_for_key()
     try:
         run = new_run(server)
-        for seed in range(5):
+        for seed in range(3):
+            step(run, seed)
+        wait_for_steps(tmp_path, [1, 2, 3])
+        for seed in range(3, 5):  # most likely not written yet
             step(run, seed)
         server.kill()
         (folder,) = (tmp_path / "runs").iterdir()
         with open(folder / "metrics.jsonl", "ab") as file:
-            file.write(b'{"step": 6, "seq"')  # a line that the kill left torn
+            file.write(b'{"step": 4, "seq"')  # a line that the kill left torn
         server.start()
         for seed in range(5, 8):
             step(run, seed)
     finally:
-        assert server.stop() == 0
+        status = server.stop()
+    assert status == 0
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 9))
     for name in ("seq", "number"):
@@ -205,11 +221,10 @@ def test_a_folder_that_is_deleted_or_cannot_be_written_fails_no_request(tiny_fol
     with serving(tmp_path, model=[f"tiny={tiny_folder}"], cut_every=1) as server:
         run = new_run(server)
         step(run, 0)
-        run.save_state("a").result()  # after a snapshot, which waits for the journal
+        wait_for_steps(tmp_path, [1])
         shutil.rmtree(tmp_path / "runs")
         step(run, 1)
-        run.save_state("b").result()
-        assert [line["step"] for line in lines_of(tmp_path)] == [2]
+        wait_for_steps(tmp_path, [2])
         assert find_runs([tmp_path])[0].config["model"]["path"] == "tiny"
         shutil.rmtree(tmp_path / "runs")
         (tmp_path / "runs").write_text("not a folder")

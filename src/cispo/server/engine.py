@@ -43,6 +43,8 @@ log = logging.getLogger("cispo.server")
 GROUP_TOKENS = 2048
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
 CURVE_POINTS = 512
+QUIET_SECONDS = 0.05
+"""Without work for so long, the engine lets the journal write."""
 
 
 @dataclass
@@ -154,6 +156,8 @@ class Engine:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._journal is not None:
+            self._journal.flush()
         self._disk.shutdown(wait=True)
         self._helper.shutdown(wait=True)
 
@@ -182,7 +186,9 @@ class Engine:
             while True:
                 with self._wake:
                     while not (self._stopping or self._has_work()):
-                        self._wake.wait(timeout=1.0)
+                        late = self._journal is not None and self._journal.waiting
+                        if not self._wake.wait(timeout=QUIET_SECONDS if late else 1.0) and late:
+                            self._journal.write()
                     if self._stopping:
                         break
                 self._train_some()

@@ -5,9 +5,9 @@ for losses with advantages, a file of `rollouts/`, in the format of `cispo train
 objective and optimizer as they were at the run's first step.
 
     consumes  `trained`, `take` and `stepped` calls of the engine's thread
-    waits for a thread of the engine's disk pool
-    unblocked by `stepped`
-    produces  files, and `flush` returns when those of all steps so far are written
+    waits for the engine to have nothing to do, or for WAITING_STEPS steps: writing takes time from a busy engine
+    unblocked by `write`, by `stepped`, or by `flush`, which returns when all steps so far are written
+    produces  files, on a thread of the engine's disk pool
 
 A convenience, not a promise: what cannot be written is said once in the log, and left out. A step that runs again after
 a crash is known by its request's number and not written twice. Prompts and completions are the tenant's: folders are
@@ -50,8 +50,8 @@ log = logging.getLogger("cispo.server")
 
 HELD_TOKENS = 1 << 20
 """Of rows held for steps to come, of all runs together; beyond, those of the run that waited longest are let go."""
-QUEUED_STEPS = 32
-"""Where this many wait for the disk, further ones are written without their rows."""
+WAITING_STEPS, MOST_STEPS = 8, 32
+"""How many steps wait for a quiet moment, and how many for the disk; further ones are written without their rows."""
 ROLLOUT_ROWS, ROLLOUT_TOKENS = 128, 1 << 15
 """Most that one step's rollout file has."""
 OBJECTIVES = {"ppo": "ppo_clip"}
@@ -131,28 +131,48 @@ class Journal:
     def stepped(self, run: Run, request: Request, params: AdamParams, metrics: Mapping[str, float], held: Held) -> None:
         """The run's weights have changed by what `take` gave."""
         with self._changed:
-            if len(self._queue) >= QUEUED_STEPS:
+            if len(self._queue) >= MOST_STEPS:
                 held.calls = []
             self._queue.append(Step(run, request.seq, request.number, params, metrics, held, time.time()))
             self._put += 1
-            if self._writing:
-                return
-            self._writing = True
-        self._pool.submit(self._drain)
+            full = len(self._queue) >= WAITING_STEPS
+        if full:
+            self.write()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are steps that nobody writes."""
+        return bool(self._queue) and not self._writing
+
+    def write(self) -> None:
+        """Have the steps so far written."""
+        if self._begin():
+            self._pool.submit(self._drain)
 
     # ------------------------------------------------------------------------------------------- the disk's threads
 
     def flush(self) -> None:
         """Wait until all steps so far are written, or failed to be. Not in the engine's thread."""
+        if self._begin():
+            self._drain()
         with self._changed:
             wanted = self._put
             self._changed.wait_for(lambda: self._done >= wanted)
+
+    def _begin(self) -> bool:
+        """Whether the caller is now the one who writes."""
+        with self._changed:
+            if self._writing or not self._queue:
+                return False
+            self._writing = True
+            return True
 
     def _drain(self) -> None:
         while True:
             with self._changed:
                 if not self._queue:
                     self._writing = False
+                    self._changed.notify_all()
                     return
                 step = self._queue.popleft()
             try:
