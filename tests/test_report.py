@@ -429,6 +429,24 @@ def test_the_report_of_a_real_run_opens_whole(browser, real_run, tmp_path):
     assert "start" in browser.execute_script("return document.querySelector('#forks .scroll tbody tr').textContent")
 
 
+def test_where_no_reward_is_known_nothing_is_called_incorrect_and_the_map_shows_advantages(browser, tmp_path):
+    """Completions as the server writes them, which trains for a client that alone knows their rewards."""
+    folder = write_run(tmp_path / "run", steps=1)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "ratio/p50": 1.0}\n')
+    unknown = {"reward": None, "rewards": {}, "correct": None, "truncated": None, "version": None, "versions": None}
+    lines = [completion(1, 0, i, ["1", "2"], advantage=a, **unknown) for i, a in enumerate((0.5, -0.25))]
+    (folder / "rollouts" / "step-000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    show(browser, write_page(tmp_path / "r.html", [read_run(folder)]))
+    assert browser.get_log("browser") == []
+    wait(browser, "return document.querySelectorAll('.card').length === 2")
+    assert browser.execute_script("return [...document.querySelectorAll('.card .badge')].map(e => e.textContent)") == []
+    cells = "return [...document.querySelectorAll('.columns .cell')].map(e => e.style.background)"
+    high, low = browser.execute_script(cells)
+    assert (high, low) == ("rgba(0, 114, 210, 0.75)", "rgba(224, 108, 0, 0.376)")  # blue; orange, half as strong
+    key = browser.execute_script("return document.querySelector('.mapkey').textContent")
+    assert "advantage −0.5" in key and "advantage +0.5" in key and "reward" not in key
+
+
 def test_the_inspectors_numbers_are_those_of_the_rollout_file(browser, real_run, tmp_path):
     show(browser, write_page(tmp_path / "r.html", [read_run(real_run)]))
     step = int(wait(browser, "return document.querySelector('.step').textContent"))

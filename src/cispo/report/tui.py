@@ -118,15 +118,22 @@ def _newest(run: Run) -> list[Text]:
         group.append(line)
     if not group:
         return []
-    ranked = sorted(group, key=lambda line: -math.inf if line.head.get("reward") is None else line.head["reward"])
+    ranked = sorted(group, key=_worth)
     shown = [Text(f"\nstep {step}, newest prompt: {_one_line(str(group[0].head.get('prompt')))}", style="dim")]
     for line in dict.fromkeys((len(ranked) - 1, 0)):
         shown.append(_tokens(ranked[line]))
     return shown
 
 
+def _worth(line: Line) -> tuple[float, float]:
+    """By reward; where none is known, by advantage."""
+    reward = line.head.get("reward")
+    return (-math.inf if reward is None else reward, -math.inf if math.isnan(line.advantage) else line.advantage)
+
+
 def _tokens(line: Line, most: int = 200) -> Text:
-    text = Text(f"reward {line.head.get('reward')}  ", style="dim")
+    reward = line.head.get("reward")
+    text = Text(f"advantage {line.advantage:+.3g}  " if reward is None else f"reward {reward}  ", style="dim")
     with np.errstate(invalid="ignore"):
         ratio = np.exp(line.logprobs - line.sampler)
         cut = silenced(ratio, np.full(len(ratio), line.advantage))

@@ -84,9 +84,10 @@ class TrainPart:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """logprobs: per datum, in the shape of its targets."""
+    """logprobs: per datum, in the shape of its targets. entropy: per datum, flat, of each target's distribution."""
 
     logprobs: list[Tensor]
+    entropy: list[Tensor]
     metrics: dict[str, float]
 
 
@@ -251,13 +252,13 @@ class _Output:
     def add(self, rows: Sequence, numbers: list[int], loss: float, logprobs_T: Tensor, entropy_T: Tensor) -> None:
         sizes = [row.targets.numel() for row in rows]
         for r, logprobs, entropy in zip(numbers, logprobs_T.split(sizes), entropy_T.split(sizes), strict=True):
-            self.logprobs[r], self.entropy[r] = logprobs.float(), entropy.float()
+            self.logprobs[r], self.entropy[r] = logprobs.float(), entropy.detach().float()
         self.losses.append(loss)
 
     def done(self) -> TrainResult:
         shaped = [x.view(row.shape) for x, row in zip(self.logprobs, self.work.rows, strict=True)]
         metrics = metrics_of(self.work, sum(self.losses), torch.cat(self.logprobs), torch.cat(self.entropy))
-        return TrainResult(shaped, metrics)
+        return TrainResult(shaped, self.entropy, metrics)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

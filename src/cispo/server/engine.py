@@ -29,6 +29,7 @@ import torch
 from cispo.server import compute, wire
 from cispo.server.compute import ServedModel, TrainPart
 from cispo.server.external import export_adapter
+from cispo.server.journal import Journal
 from cispo.server.lora import Adapter, FrozenAdapter, LoraShape, SampleRoute
 from cispo.server.losses import TrainWork
 from cispo.server.metrics import Metrics
@@ -42,6 +43,8 @@ log = logging.getLogger("cispo.server")
 GROUP_TOKENS = 2048
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
 CURVE_POINTS = 512
+QUIET_SECONDS = 0.05
+"""Without work for so long, the engine lets the journal write."""
 
 
 @dataclass
@@ -51,6 +54,7 @@ class EngineSettings:
     steps_per_poll: int
     adapter_bytes: int
     cut_every: int
+    journal: bool
 
 
 @dataclass
@@ -102,6 +106,7 @@ class Engine:
             initializer=torch.set_num_threads,
             initargs=(torch.get_num_threads(),),
         )
+        self._journal = Journal(store, served, self._disk) if settings.journal else None
         self._together = int((store.read("SELECT max(together) FROM requests")[0][0]) or 0)
         self._numbers = 0
         self._by_number: dict[int, tuple[str, Request]] = {}
@@ -151,6 +156,8 @@ class Engine:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._journal is not None:
+            self._journal.flush()
         self._disk.shutdown(wait=True)
         self._helper.shutdown(wait=True)
 
@@ -179,7 +186,9 @@ class Engine:
             while True:
                 with self._wake:
                     while not (self._stopping or self._has_work()):
-                        self._wake.wait(timeout=1.0)
+                        late = self._journal is not None and self._journal.waiting
+                        if not self._wake.wait(timeout=QUIET_SECONDS if late else 1.0) and late:
+                            self._journal.write()
                     if self._stopping:
                         break
                 self._train_some()
@@ -348,6 +357,8 @@ class Engine:
         if not request.work.forward_only:
             run.curve.append({"seq": request.seq, "time": time.time(), **result.metrics})
             del run.curve[:-CURVE_POINTS]
+            if self._journal is not None:
+                self._journal.trained(run, request.work, result)
         self.metrics.trained_tokens.inc(request.work.tokens)
         self._finish(request, "proto", wire.encode_train_output(result.logprobs, result.metrics))
 
@@ -364,10 +375,15 @@ class Engine:
                 if adapter is None:
                     adapter = Adapter(self.served[run.base].host, run.shape, torch.zeros_like(state["flat"]))
                 adapter.restore(state, optimizer=work.optimizer)
+                if self._journal is not None:
+                    self._journal.take(run)
                 self._keep(run, adapter)
                 self._finish_json(request, {"type": "load_weights", "path": work.path, "model_id": run.id})
             case AdamParams():
+                held = None if self._journal is None else self._journal.take(run)
                 metrics = self._adapter(run).optim_step(work)
+                if held is not None:
+                    self._journal.stepped(run, request, work, metrics, held)
                 if run.curve:
                     run.curve[-1].update({k: v for k, v in metrics.items() if k not in run.curve[-1]})
                 self._finish_json(request, {"metrics": metrics})
@@ -482,6 +498,8 @@ class Engine:
     def _write_cut(self, states: list[tuple[Run, int, dict]]) -> None:
         start = time.perf_counter()
         try:
+            if self._journal is not None:
+                self._journal.flush()  # steps that this cut holds will not run again
             rows = [
                 (run, number, self.store.write_blob(state, {"run": run.id, "done": number}))
                 for run, number, state in states

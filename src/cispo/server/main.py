@@ -106,6 +106,7 @@ def serve(options: ServeOptions) -> int:
         steps_per_poll=8,
         adapter_bytes=int(options.adapter_memory_gib * GIB),
         cut_every=options.cut_every,
+        journal=options.journal,
     )
     limits = Limits(
         body_bytes=options.max_body_mib << 20,

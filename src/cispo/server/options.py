@@ -40,6 +40,9 @@ class ServeOptions(BaseModel):
     """Adapters beyond this go to disk until they are needed."""
     cut_every: PositiveInt = 200
     """Requests between two snapshots: how many may run again after a crash."""
+    journal: bool = True
+    """Keep a run folder of each training run in STATE_DIR/runs, for `cispo report` and `cispo watch`: it holds prompts
+    and completions as text."""
     max_body_mib: PositiveInt = 64
     max_samples: PositiveInt = 1024
     """Sequences per sample request."""

@@ -458,7 +458,9 @@ class Service:
         except (UserError, ConfigError) as error:
             return await self._model_reply(await self._failed(owner, "create_model", model_id, 0, digest, str(error)))
         seed = secrets.randbits(62) if lora.seed is None else lora.seed
-        run = self._new_run(model_id, session, message.base_model, shape, {"user_metadata": message.user_metadata})
+        run = self._new_run(
+            model_id, session, message.base_model, shape, {"user_metadata": message.user_metadata, "seed": seed}
+        )
         request = await self._accept_training(
             run, "create_model", 0, digest,
             lambda: (CreateWork(seed), json.dumps({"seed": seed}).encode()), also=_insert_run(run),

@@ -10,8 +10,8 @@
  * @typedef {{label: string, runs: number[]}} Recipe
  * @typedef {{generated: string, live: boolean, names: Record<string, string>, recipes: Recipe[], runs: Run[],
  *   forecast?: any, comparison?: any}} Data
- * @typedef {{sample: number, reward: number | null, rewards: Record<string, number | null>, correct: boolean,
- *   advantage: number | null, truncated: boolean, trained: boolean, version: number, update: number | null,
+ * @typedef {{sample: number, reward: number | null, rewards: Record<string, number | null>, correct: boolean | null,
+ *   advantage: number | null, truncated: boolean | null, trained: boolean, version: number | null, update: number | null,
  *   tokens: Uint32Array, sampler: Float32Array, logprobs: Float32Array | null, entropy: Float32Array | null, given: Float32Array | null,
  *   weightOf: (i: number) => number, versionOf: (i: number) => number}} Completion
  * @typedef {{admission: number, prompt_id: string, prompt: any, completions: Completion[]}} Group

@@ -179,17 +179,22 @@ export class Inspector {
     const step = /** @type {Step} */ (this.shown);
     const rewards = step.groups.flatMap((g) => g.completions.map((c) => c.reward ?? NaN)).filter((r) => !Number.isNaN(r));
     const low = Math.min(...rewards), high = Math.max(...rewards);
+    // a server that trains for others knows no rewards: its completions are told apart by advantage
+    const most = Math.max(0, ...step.groups.flatMap((g) => g.completions.map((c) => Math.abs(c.advantage ?? 0))));
+    const tint = (/** @type {Completion} */ c) =>
+      !rewards.length ? diverging(most ? (c.advantage ?? 0) / most : 0)
+      : c.reward === null ? "transparent" : sequential(high > low ? (c.reward - low) / (high - low) : c.reward > 0 ? 1 : 0);
     const columns = step.groups.map((g, i) => {
       const mean = g.completions.reduce((a, c) => a + (c.reward ?? 0), 0) / g.completions.length;
       const forks = this.fork ? g.completions.filter((c) => this.#hasFork(c)).length : 0;
       const cells = g.completions.map((c) => h("span", {
         class: "cell" + (this.fork && this.#hasFork(c) ? " has-fork" : "") + (c.truncated ? " truncated" : ""),
-        style: `background:${c.reward === null ? "transparent" : sequential(high > low ? (c.reward - low) / (high - low) : c.reward > 0 ? 1 : 0)}`,
+        style: `background:${tint(c)}`,
       }));
       return h("button", {
         type: "button", class: "group", "aria-pressed": String(i === this.group),
-        "aria-label": `Group ${i + 1}, mean reward ${number(mean)}${this.fork ? `, ${forks} with the fork token` : ""}`,
-        title: `${promptText(g.prompt).slice(0, 200)}\nmean reward ${number(mean)}`,
+        "aria-label": `Group ${i + 1}${rewards.length ? `, mean reward ${number(mean)}` : ""}${this.fork ? `, ${forks} with the fork token` : ""}`,
+        title: promptText(g.prompt).slice(0, 200) + (rewards.length ? `\nmean reward ${number(mean)}` : ""),
         onclick: () => {
           this.group = i;
           this.cursor = { completion: 0, token: 0 };
@@ -200,8 +205,8 @@ export class Inspector {
     });
     const partial = step.groups.length < step.groups_of ? ` · ${step.groups.length} of ${step.groups_of} groups are in this page` : "";
     const key = h("div", { class: "mapkey" },
-      h("span", {}, h("i", { class: "cell", style: `background:${sequential(0)}` }), ` reward ${number(low)}`),
-      h("span", {}, h("i", { class: "cell", style: `background:${sequential(1)}` }), ` reward ${number(high)}`),
+      h("span", {}, h("i", { class: "cell", style: `background:${rewards.length ? sequential(0) : diverging(-1)}` }), rewards.length ? ` reward ${number(low)}` : ` advantage −${number(most)}`),
+      h("span", {}, h("i", { class: "cell", style: `background:${rewards.length ? sequential(1) : diverging(1)}` }), rewards.length ? ` reward ${number(high)}` : ` advantage +${number(most)}`),
       this.fork ? h("span", {}, h("i", { class: "cell has-fork" }), " has ", h("span", { class: "chip" }, oneLine(this.fork.token))) : null,
       h("span", { class: "muted" }, `a column is a prompt, a square a completion${partial}`));
     fill(this.map, h("div", { class: "columns" }, ...columns), key);
@@ -247,7 +252,9 @@ export class Inspector {
         : (trained < tokens ? `${number(trained)} of ${number(tokens)} tokens are trained (the others' advantage is 0). ` : `All ${number(tokens)} tokens are trained. `) +
           `${describe(this.objectiveNow)}: silences ${cut ? `${number(cut)} of them (${percent(cut / trained)}), with ${percent(lost / force)} of the unclipped gradient` : "none"}.` +
           (this.objective === "grpo" ? "" : ` PPO's 0.8 – 1.2 would silence ${number(silent)}.`)
-      : `No token of this step was trained: every group's rewards are all equal.`;
+      : step.groups.some((g) => g.completions.some((c) => c.reward !== null))
+        ? "No token of this step was trained: every group's rewards are all equal."
+        : "No token of this step was trained: every advantage is 0.";
     this.summary.textContent = what;
   }
 
@@ -273,7 +280,7 @@ export class Inspector {
   /** @param {Completion} c @param {number} index */
   #card(c, index) {
     const badges = [
-      h("span", { class: c.correct ? "badge good" : "badge" }, c.correct ? "✓ correct" : "✗ not correct"),
+      c.correct === null ? null : h("span", { class: c.correct ? "badge good" : "badge" }, c.correct ? "✓ correct" : "✗ not correct"),
       c.truncated ? h("span", { class: "badge warn" }, "truncated") : null,
       c.trained ? null : h("span", { class: "badge" }, "not trained"),
     ];
