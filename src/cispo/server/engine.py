@@ -40,7 +40,7 @@ from cispo.types import AdamParams, CispoError, NonFiniteError, SampleRequest, S
 
 log = logging.getLogger("cispo.server")
 
-GROUP_TOKENS = 2048
+GROUP_TOKENS = 4096
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
 CURVE_POINTS = 512
 QUIET_SECONDS = 0.05
