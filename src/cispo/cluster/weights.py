@@ -26,10 +26,7 @@ _ALIGNMENT = 64
 
 
 def put(value: Any) -> Any:
-    """A reference to the value in the object store. Ray spills what does not fit to disk; where there is no room left
-
-    either, raises RunError.
-    """
+    """A reference to the value in the object store, which spills to disk. Raises RunError where neither has room."""
     try:
         return ray.put(value)
     except RayError as error:
