@@ -153,7 +153,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at `paths`; a folder of runs, or one with `runs/` in it (a comparison), stands for all of its runs.
+    """The runs at `paths`; a folder of runs, or one with `runs/` in it (a comparison, a server), stands for them.
 
     Raises DataError for anything else, or none.
     """
