@@ -24,6 +24,7 @@ from ray import cloudpickle
 
 from cispo import cli, cluster, objectives
 from cispo import config as configs
+from cispo.cluster.start import with_transfer
 from cispo.cluster.weights import pack, unpack
 from cispo.metrics import read_jsonl
 from cispo.tasks.think import ThinkTask
@@ -152,7 +153,7 @@ def test_every_sampler_is_probed_though_one_dies_meanwhile(parts):
 def test_a_sampler_with_other_weights_than_the_learners_ends_the_run(parts):
     sampler = parts.sampler
     other = {name: tensor * 1.5 for name, tensor in parts.learner.weights().items()}
-    sampler._tell(sampler._seats[1], "weights", ((ray.put(pack(other)),), sampler.version))
+    sampler._tell(sampler._seats[1], "stored", ((ray.put(pack(other)),), sampler.version))
     with pytest.raises(RunError, match="sampler 1: at version 6 its log-probs differ from the learner's by up to"):
         sampler.probe()
     sampler.update_weights(parts.learner.weights(), 6)
@@ -203,6 +204,86 @@ def test_resources_that_are_not_there_are_named(base_folder):
 def test_the_trainer_needs_no_ray():
     code = "import sys; sys.modules['ray'] = None; import cispo.trainer, cispo.cluster, cispo.cli, cispo.rollout"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def parts_by_broadcast(base_folder):
+    words = ["--cluster.samplers", "2", "--cluster.address", "auto", "--cluster.weight_transfer", "broadcast"]
+    built = cluster.compose(load(*words), base_folder, ThinkTask())
+    yield built
+    built.close()
+
+
+def test_a_broadcast_reaches_every_sampler_and_those_that_die_lose_nothing(parts_by_broadcast):
+    sampler, learner = parts_by_broadcast.sampler, parts_by_broadcast.learner
+    batch = Batch((torch.tensor([1, 2, 3]),), torch.tensor([2, 3, 4]), torch.ones(3), {"advantages": torch.ones(3)})
+
+    def train():
+        learner.forward_backward(batch, objectives.reinforce)
+        learner.optim_step(AdamParams(1e-2))
+
+    def submit():
+        for request in requests(24):
+            sampler.submit(request)
+
+    def versions(found):
+        return {v for completions in found.values() for c in completions for v in c.versions}
+
+    train()
+    weights = learner.weights()
+    sampler.update_weights(weights, 1)
+    assert sampler.parity.version == 1 and sampler.parity.tokens >= 32 and sampler.parity.max <= 1e-4
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    submit()
+    expected = all_of(sampler)
+
+    submit()
+    os.kill(sampler.processes()[0], signal.SIGKILL)  # the learner still has what was published
+    assert {n: drawn(c) for n, c in all_of(sampler).items()} == {n: drawn(c) for n, c in expected.items()}
+    assert sampler.restarts == 1
+
+    submit()
+    stale = learner.weights()
+    train()
+    with pytest.raises(RunError, match="has other weights by now"):
+        dict(stale)
+    os.kill(sampler.processes()[1], signal.SIGKILL)  # the learner has gone on: what this one has must wait for it
+    found = {}
+    while not all(seat.ready for seat in sampler._seats) or sampler.restarts < 2:
+        found |= {result.request_id: result for result in sampler.poll()}
+    assert sampler._seats[1].waits and sampler._seats[1].requests
+    sampler.update_weights(learner.weights(), 2)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in learner.weights().items())
+    rest = all_of(sampler)
+    assert sorted([*found, *rest]) == list(range(24)) and 2 in versions(rest)
+
+    train()
+    stopped = sampler.processes()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    submit()
+    meeting = sampler._meeting
+
+    def kill():  # once the broadcast waits for it
+        while sampler._meeting == meeting:
+            time.sleep(0.005)
+        os.kill(stopped, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    sampler.update_weights(learner.weights(), 3)
+    assert sampler.restarts == 3
+    found = all_of(sampler)
+    assert sorted(found) == list(range(24)) and 3 in versions(found)
+
+
+def test_a_broadcast_between_a_gpu_and_none_is_refused():
+    config = load("--cluster.weight_transfer", "broadcast")
+    with pytest.raises(ConfigError, match="the learner ranks have GPUs and the samplers have none"):
+        with_transfer(config, {"CPU": 1, "GPU": 1}, {"CPU": 1})
+    chosen = [
+        with_transfer(load(), learner, sampler).cluster.weight_transfer
+        for learner, sampler in (({"GPU": 1}, {"GPU": 1}), ({"GPU": 1}, {}), ({}, {}))
+    ]
+    assert chosen == ["broadcast", "object_store", "object_store"]
 
 
 def test_weights_beyond_the_object_store_are_spilled_and_arrive(parts_of_one_sampler):
@@ -280,11 +361,12 @@ def kill_after(run_dir, lines, title):
     return killed
 
 
-def test_a_run_learns_think_though_a_sampler_and_a_rank_are_killed(base_folder, tmp_path, caplog):
+@pytest.mark.parametrize("transfer", ["broadcast", pytest.param("object_store", marks=pytest.mark.slow)])
+def test_a_run_learns_think_though_a_sampler_and_a_rank_are_killed(base_folder, tmp_path, caplog, transfer):
     run_dir = tmp_path / "run"
     config = load(
         "--cluster.address", "auto", "--run_dir", str(run_dir), "--checkpoint.every", "2", "--eval.every", "12",
-        "--cluster.reward_workers", "1",
+        "--cluster.reward_workers", "1", "--cluster.weight_transfer", transfer,
     )  # fmt: skip
     killed = kill_after(run_dir, 4, "ray::Worker"), kill_after(run_dir, 7, "ray::Rank")
     assert cli.train(config) == run_dir

@@ -599,6 +599,11 @@ class ClusterConfig(Section):
     """Of each sampler. None: as learner_gpus; with vLLM vllm.tensor_parallel of them."""
     reward_workers: NonNegativeInt = 0
     """Ray: processes that score completions. 0: scored in the trainer's process."""
+    weight_transfer: Literal["object_store", "broadcast"] | None = None
+    """How the learner's weights reach the samplers: through Ray's object store; or by broadcast from its first rank to
+    their devices (NCCL between GPUs, gloo between CPUs). None: broadcast where all of them have GPUs."""
+    transfer_timeout_s: Positive = 120.0
+    """How long one part of a broadcast, at most 256 MiB or one tensor, may take before its members count as lost."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's strategy for putting ranks and samplers onto nodes."""
     head_gather_gib: Positive = 2.0

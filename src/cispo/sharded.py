@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from cispo.head import LinearPolicyLoss
 from cispo.head.vocabulary import MEMORY_BUDGET, all_gather_rows, reduce_scatter_rows, token_loss, vocabulary_logprobs
 from cispo.learner import LocalLearner, _MicroBatch, _Output, sequence_loss
 from cispo.objectives import is_sequence_level
+from cispo.transfer import Layout, Meeting, Sender, TransferLost
 from cispo.types import Batch, ConfigError, DataError, LossOutput, Objective
 
 RANKS = "ranks"
@@ -281,14 +282,55 @@ class ShardedLearner(LocalLearner):
         """On rank 0, on the CPU, in the dtypes of the model folder; empty on the other ranks."""
         return self._full(models.merged_weights(self.model))
 
+    def sender(self, host: str, *, patience_s: float, timeout_s: float) -> Sender:
+        """For `send_weights` of this rank. As of `transfer.Sender`."""
+        return Sender(host, self._device, patience_s=patience_s, timeout_s=timeout_s)
+
+    def send_weights(self, meeting: Meeting, sender: Sender | None) -> None:
+        """What `weights` has, by broadcast from device to device. sender: of rank 0; the others only help to gather.
+
+        Raises TransferLost on all ranks, which have then done nothing, or gathered for nobody.
+        """
+        state = models.merged_weights(self.model)
+        layout = None
+        if self._rank == 0:
+            layout = Layout.of(state, {name: self._folder_dtype(name, tensor) for name, tensor in state.items()})
+        layout = self._told(lambda: sender.open(meeting, layout), layout)
+        gathered = (_whole(state[name]) for name in layout.names)  # one at a time, so that no device holds them all
+
+        def send() -> None:
+            try:
+                sender.send(layout, gathered)
+            finally:
+                _exhaust(gathered)  # the other ranks do not know of a loss yet
+
+        if self._rank != 0:
+            _exhaust(gathered)
+        self._told(send, None)
+
+    def _told(self, act: Callable[[], None], value: Any) -> Any:
+        """Rank 0 acts, and all ranks get its value. Raises the TransferLost that it met, on all ranks."""
+        told = [value, None]
+        if self._rank == 0:
+            try:
+                act()
+            except TransferLost as error:
+                told = [None, error]
+        dist.broadcast_object_list(told, group_src=0, group=self._group)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
     def _full(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
         for name, tensor in state.items():  # one at a time, so that no device holds them all
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered = _whole(tensor)
             if self._rank == 0:
-                dtype = self._dtypes.get(name.replace(".base_layer.", "."), tensor.dtype)
-                whole[name] = tensor.detach().to("cpu", dtype)
+                whole[name] = gathered.detach().to("cpu", self._folder_dtype(name, tensor))
         return whole
+
+    def _folder_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        return self._dtypes.get(name.replace(".base_layer.", "."), tensor.dtype)
 
     def export(self, folder: Path, *, merge: bool = True) -> None:
         lora = models.is_lora(self.model)
@@ -350,6 +392,15 @@ class _Gather(torch.autograd.Function):
         own = gradient.new_empty((chunk, *gradient.shape[1:]), dtype=torch.float32)
         reduce_scatter_rows(own, _padded(gradient.float(), chunk * ctx.group.size()), group=ctx.group)
         return own[: ctx.local].to(ctx.dtype), None, None, None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _exhaust(items: Iterable[Any]) -> None:
+    for _ in items:
+        pass
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

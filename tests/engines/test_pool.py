@@ -117,7 +117,7 @@ def test_two_samplers_share_the_work_update_in_flight_and_are_both_probed(base):
         assert all(list(row) == sorted(row) and len(row) == 60 for row in versions)
 
         other = {name: tensor * 1.5 for name, tensor in parts.learner.weights().items()}
-        sampler._tell(sampler._seats[1], "weights", ((ray.put(pack(other)),), 3))
+        sampler._tell(sampler._seats[1], "stored", ((ray.put(pack(other)),), 3))
         with pytest.raises(RunError, match="sampler 1: at version 3 its log-probs differ from the learner's by up to"):
             sampler.probe()
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from torch import Tensor
 
-from cispo.cluster.weights import RemoteWeights, pack, put
+from cispo.cluster.weights import LiveWeights, StoredWeights, pack, put
 from cispo.config import Config
+from cispo.transfer import Meeting
 from cispo.types import AdamParams, Batch, CispoError, LearnerLost, LossOutput, Objective, RunError
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.02
+"""How often a call that others must take part in lets its caller look after them."""
 GRACE_S = 15.0
 """After a first failure, how long the other ranks' outcomes are waited for, to tell a cause from its consequences."""
 
@@ -44,10 +47,24 @@ class Rank:
         self._rank = rank
         ranks = config.cluster.learner_ranks
         self._learner = build_rank(config, path, rank=rank, world_size=ranks, init_method=meeting_place)
+        self._sender = None
+        if rank == 0 and config.cluster.weight_transfer == "broadcast":
+            self._sender = self._learner.sender(
+                ray.util.get_node_ip_address(),
+                patience_s=config.asynchrony.watchdog_s,
+                timeout_s=config.cluster.transfer_timeout_s,
+            )
 
     def call(self, verb: str, *arguments: Any, **options: Any) -> Any:
         result = getattr(self._learner, verb)(*arguments, **options)
         return result if self._rank == 0 else None
+
+    def meet(self, behind: Sequence[int]) -> Meeting:
+        """Of the first rank, which sends."""
+        return self._sender.meet(behind)
+
+    def send(self, meeting: Meeting) -> None:
+        self._learner.send_weights(meeting, self._sender)
 
     def publish(self) -> tuple[bool, Any]:
         """Whole weights, packed, from the first rank."""
@@ -59,6 +76,8 @@ class RayLearnerGroup:
     """A `Learner`. options: Ray's, of each rank's actor."""
 
     def __init__(self, config: Config, path: str | Path, options: Sequence[Mapping[str, Any]]) -> None:
+        self.changes = 0
+        self._broadcasts = config.cluster.weight_transfer == "broadcast"
         self._timeout_s = config.cluster.learner_timeout_s
         self._start_timeout_s = config.cluster.start_timeout_s
         actor = ray.remote(Rank)
@@ -81,19 +100,31 @@ class RayLearnerGroup:
         return self._all("forward", put(batch), **options)
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
+        self.changes += 1
         return self._all("optim_step", params)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """In the object store, on the first rank's machine, until somebody looks."""
+        """Where they are until somebody looks: on the ranks, or in the object store of the first rank's machine."""
+        return LiveWeights(self) if self._broadcasts else self.stored()
+
+    def stored(self) -> StoredWeights:
         results = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
         self._wait("weights", [done for done, _ in results], self._timeout_s)
-        return RemoteWeights(results[0][1])
+        return StoredWeights(results[0][1])
+
+    def meet(self, behind: Sequence[int]) -> Meeting:
+        return self._wait("meet", [self.ranks[0].meet.remote(behind)], self._timeout_s)[0]
+
+    def send(self, meeting: Meeting, *, meanwhile: Callable[[], None]) -> None:
+        calls = [rank.send.remote(meeting) for rank in self.ranks]
+        self._wait("send", calls, self._timeout_s, meanwhile=meanwhile)
 
     def save(self, folder: Path) -> None:
         """All ranks must see the folder's file system."""
         self._all("save", folder.absolute())
 
     def load(self, folder: Path) -> None:
+        self.changes += 1
         self._all("load", folder.absolute())
 
     def export(self, folder: Path) -> None:
@@ -112,14 +143,18 @@ class RayLearnerGroup:
         calls = [rank.call.remote(verb, *arguments, **options) for rank in self.ranks]
         return self._wait(verb, calls, self._timeout_s)[0]
 
-    def _wait(self, verb: str, calls: Sequence[Any], timeout_s: float) -> list[Any]:
-        """The results, in order. One failure is enough to stop waiting for long."""
+    def _wait(
+        self, verb: str, calls: Sequence[Any], timeout_s: float, *, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """The results, in order. One failure is enough to stop waiting for long. meanwhile: called every LOOK_S."""
         deadline = time.monotonic() + timeout_s
         results: dict[Any, Any] = {}
         failures: dict[int, BaseException] = {}
         waiting = list(calls)
         while waiting and (left := deadline - time.monotonic()) > 0:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(left, LOOK_S) if meanwhile else left)
+            if meanwhile is not None:
+                meanwhile()
             for call in done:
                 try:
                     results[call] = ray.get(call, timeout=60)

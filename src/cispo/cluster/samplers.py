@@ -2,8 +2,11 @@
 
 The pool keeps every request until its result is there. A sampler that dies, or gives no sign of life, is started again
 with the newest weights, and its requests are submitted again with their ids and seeds; a result counts once, whoever
-brings it. After the first updates, and every so often, each sampler is probed: it samples a few short completions, and
-their log-probs are compared with the learner's (`sampling/probe.py`). Left out on purpose: how tokens are sampled.
+brings it. Where weights go by broadcast, the learner must take part in every delivery: a sampler that missed one gets
+nothing to sample until the next. That comes at once while the learner still has the weights that were published, and
+otherwise when it publishes again. After the first updates, and every so often, each sampler is probed: it samples a few
+short completions, and their log-probs are compared with the learner's (`sampling/probe.py`).
+Left out on purpose: how tokens are sampled.
 
 The actor's loop. Consumes: commands, in the order in which the pool numbered them. Waits for: a command, when it has
 nothing to sample. Unblocked by: the pool. Produces: results, or the exception that ended it.
@@ -26,15 +29,18 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from cispo import model as models
-from cispo.cluster.weights import RemoteWeights, pack, put, unpack
+from cispo.cluster.weights import LiveWeights, StoredWeights, pack, put, unpack
 from cispo.config import Config
 from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
+from cispo.transfer import Incoming, Meeting, Receivers, TransferLost, give_up
 from cispo.types import CispoError, Completion, RunError, Sampler, SampleRequest, SampleResult
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 0.05
 """How long `poll` may wait for a result before it lets its caller look around."""
+GRACE_S = 15.0
+"""After a broadcast was lost, how long it may take to learn which sampler died."""
 TAKE_S = 1.0
 """How long an actor holds the question for results while there are none. Its answer is also its sign of life."""
 PROBES = -(1 << 62)
@@ -53,6 +59,7 @@ class Worker:
         self._news = threading.Condition()
         self._error: BaseException | None = None
         self._ready = False
+        self._receivers = Receivers()
         self._beat = time.monotonic()
         threading.Thread(target=self._run, name="sampler", daemon=True).start()
 
@@ -102,12 +109,24 @@ class Worker:
                 sampler.submit(value)
             elif kind == "cancel":
                 sampler.cancel(value)
-            elif kind == "weights":
-                (reference,), version = value
+            else:
+                source, version = value
                 while drain and sampler.pending:  # what was submitted before is finished under the old weights
                     self._advance(sampler)
                     self._live()
-                sampler.update_weights(unpack(ray.get(reference)), version)
+                if kind == "stored":
+                    sampler.update_weights(unpack(ray.get(source[0])), version)
+                elif kind == "broadcast":
+                    self._receive(sampler, *source, version)
+
+    def _receive(self, sampler: Sampler, meeting: Meeting, door: int, version: int) -> None:
+        try:
+            self._receivers.arrive(meeting, door, self._live)
+        except TransferLost as error:  # nothing has changed here, and the pool says what is next
+            log.warning("%s", error)
+            return
+        device = torch.device("cuda" if meeting.backend == "nccl" else "cpu")
+        sampler.update_weights(Incoming(self._receivers, meeting, door, device), version)
 
     def _live(self) -> None:
         self._beat = time.monotonic()
@@ -162,6 +181,8 @@ class _Seat:
     def sit(self, actor: Any) -> None:
         self.actor = actor
         self.told = 0
+        self.waits = False  # for weights that it missed, before it is told anything else
+        self.untold: list[SampleRequest] = []  # what it is told then
         self.question: Any = None
         self.heard = time.monotonic()
         self.ready = False
@@ -189,11 +210,16 @@ class RaySamplerPool:
         self.parity: Parity | None = None
         """What the newest probe found."""
         self.restarts = 0
+        self._starts = 0
         self._config, self._path = config, str(path)
         # Enough waits at each sampler that it never runs dry; the rest waits here, for whoever is first.
         rows = config.vllm.max_sequences if config.asynchrony.sampler == "vllm" else config.rollout.max_batch_rows
         self._capacity = 2 * rows
-        self._weights: Any = None
+        # The engine of a vLLM sampler has a process for each device, and each receives.
+        self._members = config.vllm.tensor_parallel if config.asynchrony.sampler == "vllm" else 1
+        self._weights: StoredWeights | LiveWeights | None = None
+        self._meeting: Meeting | None = None
+        self._met: list[Any] = []  # the actors behind its doors
         self._updates = 0
         self._queue: deque[SampleRequest] = deque()
         self._kept: list[SampleResult] = []
@@ -231,8 +257,17 @@ class RaySamplerPool:
     def poll(self, *, wait: bool = True) -> list[SampleResult]:
         """What has finished; `wait` allows up to WAIT_S for the first of it. Raises what ended a sampler for good."""
         results, self._kept = self._kept, []
+        results += self._look(WAIT_S if wait and self.pending and not results else 0)
+        if isinstance(self._weights, LiveWeights) and self._weights.current:
+            self._deliver([seat for seat in self._seats if seat.waits and seat.ready])
+        self._hand_out()
+        return results
+
+    def _look(self, timeout_s: float) -> list[SampleResult]:
+        """What has come; a sampler that died, or gives no sign of life, is started again."""
+        results = []
         questions = {seat.question: seat for seat in self._seats}
-        ray.wait(list(questions), num_returns=1, timeout=WAIT_S if wait and self.pending and not results else 0)
+        ray.wait(list(questions), num_returns=1, timeout=timeout_s)
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0)
         for question in answered:
             results += self._answer(questions[question])
@@ -240,20 +275,20 @@ class RaySamplerPool:
             limit = self._config.cluster.sampler_timeout_s if seat.ready else self._config.cluster.start_timeout_s
             if time.monotonic() - seat.heard > limit:
                 self._restart(seat, f"gave no sign of life for {limit:g} s")
-        self._hand_out()
         return results
 
     def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
         """Publish: a request submitted from now on is sampled under these weights.
 
-        Returns at once, or after the probe where one is due; raises RunError where a sampler fails it.
+        Returns at once, or after the broadcast and the probe where there is one; raises RunError where a sampler fails
+        the probe, or a broadcast fails for another reason than a sampler's death.
         """
         if weights is None:
             raise RunError("samplers on a cluster have weights of their own: pass learner.weights()")
-        self._weights = weights.reference if isinstance(weights, RemoteWeights) else put(pack(weights))
+        known = isinstance(weights, StoredWeights | LiveWeights)
+        self._weights = weights if known else StoredWeights(put(pack(weights)))
         self.version = version
-        for seat in self._seats:
-            self._tell(seat, "weights", ((self._weights,), version))
+        self._deliver(self._seats)
         self._updates += 1
         if self._reference is not None and due(self._updates, self._config.vllm):
             self.probe()
@@ -271,8 +306,7 @@ class RaySamplerPool:
                 PROBES + len(asked), seed=self._updates, context_length=self._context_length
             ):
                 asked[request.request_id] = (number, request)
-                seat.requests[request.request_id] = request
-                self._tell(seat, "submit", request)
+                self._give(seat, request)
         completions: dict[int, Completion] = {}
         kept, limit = [], self._config.asynchrony.watchdog_s
         until = time.monotonic() + limit
@@ -314,9 +348,64 @@ class RaySamplerPool:
         """The process of each sampler, by place."""
         return ray.get([seat.actor.process.remote() for seat in self._seats], timeout=60)
 
+    # ----------------------------------------------------------------------------------------------------- weights
+
+    def _deliver(self, seats: Sequence[_Seat]) -> None:
+        """The newest weights to these seats, and then what waited for them. A seat that is not loaded yet waits on."""
+        if isinstance(self._weights, StoredWeights):
+            for seat in seats:
+                self._tell(seat, "stored", ((self._weights.reference,), self.version))
+            return
+        for seat in seats:
+            seat.waits = True
+        while present := [seat for seat in seats if seat.waits and seat.ready]:
+            deaths, counted = self._starts, self.restarts
+            try:
+                self._broadcast(present)
+            except TransferLost as error:
+                until = time.monotonic() + GRACE_S
+                while self._starts == deaths and time.monotonic() < until:
+                    self._kept += self._look(WAIT_S)
+                if self._starts == deaths:
+                    raise RunError(
+                        f"{error}; no sampler had died. If the devices cannot reach each other, use "
+                        "cluster.weight_transfer: object_store"
+                    ) from error
+                if self.restarts == counted:
+                    self._count(f"was lost in a broadcast ({error})")
+                continue
+            for seat in present:
+                untold, seat.untold, seat.waits = seat.untold, [], False
+                for request in untold:
+                    if request.request_id in seat.requests:  # not cancelled
+                        self._tell(seat, "submit", request)
+
+    def _broadcast(self, seats: Sequence[_Seat]) -> None:
+        """Raises TransferLost, after which none of these seats can be said to have the weights."""
+        live, actors = self._weights, [seat.actor for seat in seats]
+        if self._met != actors:
+            self._met, self._meeting = actors, live.learner.meet([self._members] * len(seats))
+        else:
+            self._meeting = self._meeting.again()
+        for seat, door in zip(seats, self._meeting.doors, strict=True):
+            self._tell(seat, "broadcast", ((self._meeting, door), self.version))
+
+        def meanwhile() -> None:
+            self._kept += self._look(0)
+            if [seat.actor for seat in seats] != actors and self._met:
+                self._met = []
+                give_up(self._meeting, "a sampler died")
+
+        try:
+            live.learner.send(self._meeting, meanwhile=meanwhile)
+        except TransferLost:
+            self._met = []
+            raise
+
     # ------------------------------------------------------------------------------------------------------ inside
 
     def _start(self, seat: _Seat) -> None:
+        self._starts += 1
         seat.sit(self._actor.options(max_restarts=0, **seat.options).remote(self._config, self._path))
         self._ask(seat)
 
@@ -332,8 +421,13 @@ class RaySamplerPool:
             seat = min(self._seats, key=lambda seat: seat.load)
             if seat.load >= self._capacity:
                 return
-            request = self._queue.popleft()
-            seat.requests[request.request_id] = request
+            self._give(seat, self._queue.popleft())
+
+    def _give(self, seat: _Seat, request: SampleRequest) -> None:
+        seat.requests[request.request_id] = request
+        if seat.waits:
+            seat.untold.append(request)
+        else:
             self._tell(seat, "submit", request)
 
     def _answer(self, seat: _Seat) -> list[SampleResult]:
@@ -344,6 +438,9 @@ class RaySamplerPool:
             return []
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, TransferLost):  # counted by `_deliver`, once for all who were in it
+                self._restart(seat, f"lost a broadcast ({cause})", counted=False)
+                return []
             raise cause if isinstance(cause, CispoError) else RunError(f"a sampler failed: {error}") from error
         except RayError as error:  # results that are lost, or that the object store had no room for
             raise RunError(f"a sampler's results did not arrive: {error}") from error
@@ -351,14 +448,21 @@ class RaySamplerPool:
         self._ask(seat)
         return [result for result in results if seat.requests.pop(result.request_id, None) is not None]
 
-    def _restart(self, seat: _Seat, why: str) -> None:
-        self.restarts += 1
-        if self.restarts > self._config.cluster.max_sampler_restarts:
-            raise RunError(f"a sampler {why}, after {self.restarts - 1} restarts (cluster.max_sampler_restarts)")
+    def _restart(self, seat: _Seat, why: str, *, counted: bool = True) -> None:
+        if counted:
+            self._count(why)
         log.warning("a sampler %s and is started again; %d requests are sampled again", why, len(seat.requests))
         ray.kill(seat.actor)
         self._start(seat)
+        if isinstance(self._weights, LiveWeights):
+            seat.waits, seat.untold = True, list(seat.requests.values())
+            return
         if self._weights is not None:
-            self._tell(seat, "weights", ((self._weights,), self.version))
+            self._tell(seat, "stored", ((self._weights.reference,), self.version))
         for request in seat.requests.values():
             self._tell(seat, "submit", request)
+
+    def _count(self, why: str) -> None:
+        self.restarts += 1
+        if self.restarts > self._config.cluster.max_sampler_restarts:
+            raise RunError(f"a sampler {why}, after {self.restarts - 1} restarts (cluster.max_sampler_restarts)")

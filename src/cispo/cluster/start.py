@@ -97,6 +97,19 @@ def place(config: Config) -> Place:
     return Place(group, wanted, ours)
 
 
+def with_transfer(config: Config, learner: Bundle, sampler: Bundle) -> Config:
+    """The config with its `weight_transfer` chosen. Raises ConfigError for a broadcast that has no common network."""
+    gpus = [bool(bundle.get("GPU")) for bundle in (learner, sampler)]
+    chosen = config.cluster.weight_transfer or ("broadcast" if all(gpus) else "object_store")
+    if chosen == "broadcast" and gpus[0] != gpus[1]:
+        have, lack = ("learner ranks", "samplers") if gpus[0] else ("samplers", "learner ranks")
+        raise ConfigError(
+            f"cluster.weight_transfer: broadcast, but the {have} have GPUs and the {lack} have none, so NCCL does not "
+            "reach them; use weight_transfer: object_store"
+        )
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"weight_transfer": chosen})})
+
+
 def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
     from cispo.cluster.learners import RayLearnerGroup
     from cispo.cluster.rewards import ScoredElsewhere
@@ -108,6 +121,7 @@ def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
     try:
         ranks = [where.options(i) for i in range(cluster.learner_ranks)]
         first = cluster.learner_ranks
+        config = with_transfer(config, where.bundles[0], where.bundles[first])
         learner = RayLearnerGroup(config, path, ranks)
         seats = [where.options(first + i) for i in range(cluster.samplers)]
         sampler = RaySamplerPool(config, path, seats, learner_logprobs(learner))

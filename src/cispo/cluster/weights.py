@@ -1,15 +1,18 @@
-"""Weights on their way from the learner to the samplers: packed into one buffer, which the object store shares.
+"""Weights on their way from the learner to the samplers, through the object store or by broadcast.
 
-Readers on one machine map the buffer instead of copying it, and between machines it travels once. The driver hands on a
-reference, and sees the bytes only if somebody asks it for them. Left out on purpose: what samplers do with the weights.
+In the object store they are packed into one buffer: readers on one machine map it instead of copying it, and between
+machines it travels once. A broadcast goes from device to device (`transfer.py`), while the learner has the weights that
+are to be sent. Either way the driver hands on a promise, and sees the bytes only if somebody asks it for them. Left out
+on purpose: what samplers do with the weights.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -17,6 +20,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
+from cispo.transfer import Meeting
 from cispo.types import RunError
 
 Packed = tuple[list[tuple[str, str, tuple[int, ...], int]], np.ndarray]
@@ -61,16 +65,17 @@ def unpack(packed: Packed) -> dict[str, Tensor]:
     return weights
 
 
-class RemoteWeights(Mapping[str, Tensor]):
-    """Weights that lie in the object store under `reference`, fetched when one is looked at."""
+class _Elsewhere(Mapping[str, Tensor]):
+    """Weights that are fetched when one is looked at."""
 
-    def __init__(self, reference: Any) -> None:
-        self.reference = reference
-        self._here: dict[str, Tensor] | None = None
+    _here: dict[str, Tensor] | None = None
+
+    @abstractmethod
+    def _fetch(self) -> dict[str, Tensor]: ...
 
     def _fetched(self) -> dict[str, Tensor]:
         if self._here is None:
-            self._here = unpack(ray.get(self.reference))
+            self._here = self._fetch()
         return self._here
 
     def __getitem__(self, name: str) -> Tensor:
@@ -81,3 +86,45 @@ class RemoteWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._fetched())
+
+
+class StoredWeights(_Elsewhere):
+    """Weights that lie in the object store under `reference`."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def _fetch(self) -> dict[str, Tensor]:
+        return unpack(ray.get(self.reference))
+
+
+class Publisher(Protocol):
+    """A learner that sends its weights itself."""
+
+    changes: int
+    """How often its weights have changed."""
+
+    def meet(self, behind: Sequence[int]) -> Meeting:
+        """As of `transfer.Sender`."""
+
+    def send(self, meeting: Meeting, *, meanwhile: Callable[[], None]) -> None:
+        """Its weights to the meeting. meanwhile: called now and then. Raises TransferLost."""
+
+    def stored(self) -> StoredWeights: ...
+
+
+class LiveWeights(_Elsewhere):
+    """The weights that the learner has at this moment, and can send as long as they are `current`."""
+
+    def __init__(self, learner: Publisher) -> None:
+        self.learner = learner
+        self._changes = learner.changes
+
+    @property
+    def current(self) -> bool:
+        return self.learner.changes == self._changes
+
+    def _fetch(self) -> dict[str, Tensor]:
+        if not self.current:
+            raise RunError("the learner has other weights by now: look at these before its next optim_step or load")
+        return dict(self.learner.stored())
