@@ -127,8 +127,8 @@ def test_every_recipe_is_a_config(recipe):
     ("words", "message"),
     [
         (
-            "--vllm.weight_transfer nccl",
-            "vllm.weight_transfer: nccl with cluster.kind: ray, .*; use weight_transfer: file",
+            "--vllm.weight_transfer broadcast",
+            "vllm.weight_transfer: broadcast with cluster.kind: ray, .*, or use cluster.weight_transfer: broadcast",
         ),
         ("--vllm.weight_transfer ipc", "vllm.weight_transfer: ipc with cluster.kind: ray"),
         (

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo import transfer
+from cispo.sampling.vllm import _transfer_folder
 from cispo.transfer import Incoming, Layout, Receivers, Sender, TransferLost
 
 CPU = torch.device("cpu")
@@ -172,3 +173,26 @@ def test_a_sender_that_is_gone_ends_the_waiting():
         del post  # and its store
         with pytest.raises(TransferLost, match="the sender's store was lost"):
             waiting.result()
+
+
+OWNER = """
+import os, signal, sys
+from cispo.sampling.vllm import _transfer_folder
+folder, lock = _transfer_folder(sys.argv[1], 0)
+(folder / "weights-000001.safetensors").write_bytes(b"...")
+print(folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_weight_files_of_a_sampler_that_was_killed_are_removed_by_the_next_and_no_others(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert dead.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert str(left) == dead.stdout.strip() and (left / "weights-000001.safetensors").exists()
+    mine, lock = _transfer_folder(str(tmp_path), 0)
+    assert list(tmp_path.iterdir()) == [mine]
+    other, other_lock = _transfer_folder(str(tmp_path), 0)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, other])
+    lock.close()
+    other_lock.close()

@@ -559,9 +559,9 @@ class VllmConfig(Section):
     """Tokens of a prompt and its completion. None: the model's own."""
     eager: bool | None = None
     """Without CUDA graphs and compilation. None: eager without a GPU, compiled with one."""
-    weight_transfer: Literal["file", "nccl", "ipc"] = "file"
-    """How weights reach the engine: through a safetensors file in memory; or, on GPUs, by NCCL broadcast to a device of
-    its own, or by CUDA IPC on the learner's device."""
+    weight_transfer: Literal["file", "broadcast", "ipc"] = "file"
+    """How weights reach the engine: through a safetensors file in memory; by broadcast to devices of its own (NCCL
+    between GPUs, gloo between CPUs); or by CUDA IPC on the learner's device."""
     transfer_dir: str | None = None
     """Where the file goes; a server must see the folder too. None: /dev/shm where it has the room, else the temporary
     folder."""
@@ -709,7 +709,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         if config.vllm.weight_transfer != "file":
             yield (
                 f"vllm.weight_transfer: {config.vllm.weight_transfer} with cluster.kind: ray, whose samplers get their "
-                "weights through Ray's object store; use weight_transfer: file"
+                "weights as cluster.weight_transfer says; remove it, or use cluster.weight_transfer: broadcast"
             )
         if config.vllm.url is not None and config.cluster.samplers > 1:
             yield (

@@ -35,6 +35,8 @@ from cispo.types import RunError
 
 BUCKET_BYTES = 256 << 20
 """Tensors are sent together up to this size; a larger one goes alone."""
+BY_BROADCAST = "weights by broadcast:"
+"""How what TransferLost says begins, for those who get it as a text from another process."""
 _ALIGNMENT = 64
 _LOOK_S = 0.005
 
@@ -217,7 +219,7 @@ class Sender:
         doors: False where nobody will `arrive`, because members and sender are called together.
         """
         if self._group is None or self._group.number != meeting.number:
-            raise TransferLost(f"weights by broadcast: meeting {meeting.number} is over")
+            raise TransferLost(f"{BY_BROADCAST} meeting {meeting.number} is over")
         store, word = self._group.store, meeting.transfer
         if doors:
             _await(store, meeting, {f"{word}/arrived/{door}": f"receiver {door}" for door in meeting.doors})
@@ -251,10 +253,13 @@ class Receivers:
             store.set(f"{word}/arrived/{door}", "1")
         _await(store, meeting, {f"{word}/layout": "the sender's word"}, alive)
 
-    def receive(self, meeting: Meeting, rank: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def receive(
+        self, meeting: Meeting, rank: int, device: torch.device, *, aliases: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """The transfer's tensors, on `device`, one bucket's in memory at a time. Raises TransferLost.
 
-        device: a CUDA device where the meeting's backend is NCCL.
+        device: a CUDA device where the meeting's backend is NCCL. aliases: tied weights under each of their names, or
+        once, as in a model folder.
         """
         group = self._joined(meeting, rank)
         key = f"{meeting.transfer}/layout"
@@ -262,7 +267,7 @@ class Receivers:
         with _translated("the sender's store"):
             layout = Layout.from_json(group.store.get(key).decode())
         others: dict[str, list[str]] = {}
-        for alias, name in layout.aliases.items():
+        for alias, name in layout.aliases.items() if aliases else ():
             others.setdefault(name, []).append(alias)
         for bucket in layout.buckets:
             buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=device)
@@ -324,10 +329,10 @@ def _await(
             if not missing:
                 return
             if store.check(["lost"]):
-                raise TransferLost(f"weights by broadcast: {store.get('lost').decode()}")
+                raise TransferLost(f"{BY_BROADCAST} {store.get('lost').decode()}")
         if time.monotonic() > until:
             names = ", ".join(keys[key] for key in missing)
-            raise TransferLost(f"weights by broadcast: {names} did not come within {meeting.patience_s:g} s")
+            raise TransferLost(f"{BY_BROADCAST} {names} did not come within {meeting.patience_s:g} s")
         alive()
         time.sleep(_LOOK_S)
 
@@ -348,4 +353,4 @@ def _translated(what: str) -> Iterator[None]:
     except TransferLost:
         raise
     except RuntimeError as error:
-        raise TransferLost(f"weights by broadcast: {what} was lost ({str(error).splitlines()[0]})") from error
+        raise TransferLost(f"{BY_BROADCAST} {what} was lost ({str(error).splitlines()[0]})") from error

@@ -3,9 +3,12 @@
 Run by `make test-engines` (docs/vllm.md). A pool takes 20 to 60 s to start on two cores. Left out: GPUs.
 """
 
+import contextlib
 import json
+import os
 import threading
 import time
+import uuid
 
 import pytest
 
@@ -31,8 +34,13 @@ WORDS = [
 ENGINE, ACTOR = "VLLM::EngineCore", "ray::Worker"
 
 
+MARK = ("CISPO_TEST_POOL", uuid.uuid4().hex)
+"""In the environment of all that these tests start: an engine core whose actor was killed has no parent to show it."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def machine():
+    os.environ[MARK[0]] = MARK[1]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
     yield
     ray.shutdown()
@@ -47,7 +55,11 @@ def base(tmp_path_factory):
 
 def processes(title: str) -> list[psutil.Process]:
     """Ours with this title, oldest first."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(title)]
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if (process.info["cmdline"] or [""])[0].startswith(title) and process.environ().get(MARK[0]) == MARK[1]:
+                found.append(process)
     return sorted(found, key=psutil.Process.create_time)
 
 
@@ -58,13 +70,15 @@ def until(condition, what: str, limit: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_goes_on_though_an_engine_and_then_its_actor_are_killed(base, tmp_path, caplog):
-    """Two learner ranks, one vLLM actor, updates in flight."""
+@pytest.mark.parametrize("transfer", ["object_store", "broadcast"])
+def test_a_run_goes_on_though_an_engine_and_then_its_actor_are_killed(base, tmp_path, caplog, transfer):
+    """Two learner ranks, one vLLM actor, updates in flight. By broadcast, an engine's death ends its actor too."""
     run_dir = tmp_path / "run"
     config = configs.load(
         None,
         [*WORDS, "--cluster.learner_ranks", "2", "--model.path", str(base), "--run_dir", str(run_dir), "--steps", "10",
-         "--eval.every", "10", "--eval.max_prompts", "64", "--vllm.probe_every", "1"],
+         "--eval.every", "10", "--eval.max_prompts", "64", "--vllm.probe_every", "1",
+         "--cluster.weight_transfer", transfer],
     )  # fmt: skip
     killed = []
 

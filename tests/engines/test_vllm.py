@@ -199,6 +199,23 @@ def test_after_an_update_the_engine_computes_the_new_policy_and_no_cached_part_o
     assert side.sampler.parity.version == version and side.sampler.parity.max <= PARITY
 
 
+@pytest.mark.parametrize(("tied", "tensor_parallel"), [(True, 1), (False, 2)])
+def test_weights_reach_an_engine_by_broadcast_from_memory_to_memory(tmp_path, tied, tensor_parallel):
+    """Over gloo, with each of the engine's workers a member; between GPUs the same code takes NCCL."""
+    changes = {"weight_transfer": "broadcast", "tensor_parallel": tensor_parallel}
+    side = Side(save_tiny(tmp_path, tied=tied), config=SETTINGS.model_copy(update=changes))
+    try:
+        for version in (1, 2, 3):
+            side.train()
+            assert side.publish() == version and side.sampler.parity.max <= PARITY
+            for completion in side.sample(LONG, 2, max_tokens=8, stop_token_ids=()):
+                assert set(completion.versions) == {version}
+                assert side.error(LONG, completion).max() <= PARITY
+        assert side.sampler._folder is None, "weights were written to a file"
+    finally:
+        side.sampler.close()
+
+
 def test_a_learner_that_the_engine_does_not_follow_is_found_by_the_probe(side):
     kept = {name: tensor.clone() for name, tensor in side.learner.weights().items()}
     side.train()

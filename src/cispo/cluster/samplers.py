@@ -39,10 +39,14 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 0.05
 """How long `poll` may wait for a result before it lets its caller look around."""
+MAX_LOSSES = 3
+"""Broadcasts that fail in a row are no accident."""
 GRACE_S = 15.0
 """After a broadcast was lost, how long it may take to learn which sampler died."""
 TAKE_S = 1.0
 """How long an actor holds the question for results while there are none. Its answer is also its sign of life."""
+CLOSE_S = 30.0
+"""How long the engines of a pool may take to end by themselves."""
 PROBES = -(1 << 62)
 """Request ids from here on are probes'; the trainer's are far above."""
 
@@ -60,6 +64,7 @@ class Worker:
         self._error: BaseException | None = None
         self._ready = False
         self._receivers = Receivers()
+        self._sampler: Sampler | None = None
         self._beat = time.monotonic()
         threading.Thread(target=self._run, name="sampler", daemon=True).start()
 
@@ -80,6 +85,11 @@ class Worker:
             results, self._results = self._results, []
         return results, time.monotonic() - self._beat, self._ready
 
+    def close(self) -> None:
+        """End what a killed process would leave behind: an engine's processes and its files."""
+        if hasattr(self._sampler, "close"):
+            self._sampler.close()
+
     def process(self) -> int:
         """The operating system's number of this process."""
         import os
@@ -95,7 +105,7 @@ class Worker:
                 self._news.notify_all()
 
     def _serve(self) -> None:
-        sampler = build_sampler(self._config, self._path, self._live)
+        sampler = self._sampler = build_sampler(self._config, self._path, self._live)
         drain = not self._config.asynchrony.in_flight_weight_updates
         self._ready = True
         while True:
@@ -220,6 +230,8 @@ class RaySamplerPool:
         self._weights: StoredWeights | LiveWeights | None = None
         self._meeting: Meeting | None = None
         self._met: list[Any] = []  # the actors behind its doors
+        self._losses = 0  # of broadcasts, since the last that went well
+        self._last_loss: TransferLost | None = None  # as one of them told it
         self._updates = 0
         self._queue: deque[SampleRequest] = deque()
         self._kept: list[SampleResult] = []
@@ -341,6 +353,8 @@ class RaySamplerPool:
             self._kept += self.poll(wait=False)
 
     def close(self) -> None:
+        if self._config.asynchrony.sampler == "vllm":
+            ray.wait([seat.actor.close.remote() for seat in self._seats], num_returns=len(self._seats), timeout=CLOSE_S)
         for seat in self._seats:
             ray.kill(seat.actor)
 
@@ -359,21 +373,23 @@ class RaySamplerPool:
         for seat in seats:
             seat.waits = True
         while present := [seat for seat in seats if seat.waits and seat.ready]:
-            deaths, counted = self._starts, self.restarts
+            starts, restarts = self._starts, self.restarts
             try:
                 self._broadcast(present)
             except TransferLost as error:
                 until = time.monotonic() + GRACE_S
-                while self._starts == deaths and time.monotonic() < until:
+                while self._starts == starts and time.monotonic() < until:
                     self._kept += self._look(WAIT_S)
-                if self._starts == deaths:
+                self._losses += 1
+                if self._starts == starts or self._losses == MAX_LOSSES:
                     raise RunError(
-                        f"{error}; no sampler had died. If the devices cannot reach each other, use "
-                        "cluster.weight_transfer: object_store"
+                        f"{self._last_loss or error}; that was the {self._losses}. broadcast in a row to fail. If the "
+                        "devices cannot reach each other, use cluster.weight_transfer: object_store"
                     ) from error
-                if self.restarts == counted:
+                if self.restarts == restarts:
                     self._count(f"was lost in a broadcast ({error})")
                 continue
+            self._losses, self._last_loss = 0, None
             for seat in present:
                 untold, seat.untold, seat.waits = seat.untold, [], False
                 for request in untold:
@@ -439,6 +455,7 @@ class RaySamplerPool:
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, TransferLost):  # counted by `_deliver`, once for all who were in it
+                self._last_loss = cause
                 self._restart(seat, f"lost a broadcast ({cause})", counted=False)
                 return []
             raise cause if isinstance(cause, CispoError) else RunError(f"a sampler failed: {error}") from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import logging
 import math
@@ -33,11 +34,11 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -58,6 +59,7 @@ from cispo.sampling.vllm_server import (
     completion_of,
     first_line,
 )
+from cispo.transfer import BY_BROADCAST, Incoming, Layout, Meeting, Receivers, Sender, TransferLost
 from cispo.types import (
     CispoError,
     Completion,
@@ -94,11 +96,13 @@ _OTHER_MODEL = "cispo: another model:"
 
 @dataclass(frozen=True)
 class _Weights:
-    """What was published last: as a file, or (NCCL, IPC) as the learner's own tensors; neither: the model folder's."""
+    """What was published last: as a file, as the learner's own tensors (broadcast, IPC), or as a transfer that somebody
+    else sends; none of them: the model folder's."""
 
     version: int
     path: Path | None = None
     tensors: Mapping[str, Tensor] | None = None
+    incoming: Incoming | None = None
 
 
 class _InProcess:
@@ -127,7 +131,7 @@ class _InProcess:
             logprobs_mode="processed_logprobs",  # the default would ignore the temperature
             enable_prefix_caching=True,  # the samples of one prompt share it
             generation_config="vllm",  # no top_k or top_p of the model folder's
-            weight_transfer_config={"backend": BACKEND if config.weight_transfer == "file" else config.weight_transfer},
+            weight_transfer_config={"backend": config.weight_transfer if config.weight_transfer == "ipc" else BACKEND},
             block_size=32 if self._on_cpu else None,  # what samples share is whole blocks; the CPU's default is 128
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -286,6 +290,7 @@ class VllmSampler:
         self._recent = Recent(self.vocab_size)
         self._engine: Any = None
         self._sender: Any = None
+        self._meeting: Meeting | None = None
         self._deaths: deque[float] = deque()
         self._tasks: dict[int, Future[None]] = {}
         self._arrived = threading.Condition()
@@ -369,14 +374,17 @@ class VllmSampler:
     def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
         """New policy from here on; completions in flight go on under it, or are waited for (`in_flight`).
 
-        weights: by their `transformers` names. Then, after the first updates and every so often, a probe compares the
-        engine's log-probs with the learner's. Raises ConfigError without weights, RunError where the engine refuses
-        them, cannot be kept alive, or fails the probe.
+        weights: by their `transformers` names; or `transfer.Incoming`, which the engine's own processes receive. Then,
+        after the first updates and every so often, a probe compares the engine's log-probs with the learner's. Raises
+        ConfigError without weights, RunError where the engine refuses them, cannot be kept alive, or fails the probe;
+        and TransferLost where weights that somebody else sends did not arrive, or went with the engine.
         """
         if weights is None:
             raise ConfigError("update_weights: vLLM has weights of its own, so they must be passed: learner.weights()")
         old = self._newest.path
-        if self.config.weight_transfer == "file":
+        if isinstance(weights, Incoming):
+            self._newest = _Weights(version, incoming=weights)
+        elif self.config.weight_transfer == "file":
             self._newest = _Weights(version, path=self._write(weights, version))
         else:
             self._newest = _Weights(version, tensors=weights)
@@ -435,6 +443,7 @@ class VllmSampler:
         self._thread.join(5)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
 
     # ------------------------------------------------------------------------------------------ the loop, in its thread
 
@@ -529,20 +538,48 @@ class VllmSampler:
     async def _send(self, engine: Engine) -> None:
         newest = self._newest
         if newest.path is not None:
-            await engine.call("start_weight_update")
-            await engine.call("update_weights", {"path": str(newest.path)})
-            await engine.call("finish_weight_update", str(newest.version))
+            await self._update(engine, {"path": str(newest.path)})
+        elif newest.incoming is not None:
+            await self._update(engine, _joining(newest.incoming.meeting, newest.incoming.door))
+        elif newest.tensors is not None and self.config.weight_transfer == "broadcast":
+            await self._broadcast(engine, newest.tensors)
         elif newest.tensors is not None:
             client = _SyncClient(engine, self._loop, str(newest.version))
             if self._sender is None:
-                world_size = 1 + self.config.tensor_parallel
-                self._sender = await asyncio.to_thread(_open_sender, self.config.weight_transfer, client, world_size)
+                self._sender = await asyncio.to_thread(_open_ipc_sender, client)
             self._sender.client = client
             self._sender.source = _source(newest.tensors)
             await asyncio.to_thread(self._sender.send_weights)
         else:
             await engine.call("update_weight_version", str(newest.version))
         self._applied = newest.version
+
+    async def _update(self, engine: Engine, where: dict[str, Any]) -> None:
+        """The three steps with our own transfer engine, which finds the weights where it is told."""
+        await engine.call("start_weight_update")
+        try:
+            await engine.call("update_weights", where)
+        except Exception as error:
+            _, said, what = str(error).partition(BY_BROADCAST)
+            if not said:
+                raise
+            raise TransferLost(f"{BY_BROADCAST}{what.splitlines()[0]}") from error
+        await engine.call("finish_weight_update", str(self._newest.version))
+
+    async def _broadcast(self, engine: Engine, weights: Mapping[str, Tensor]) -> None:
+        """From this process to the engine's. Raises TransferLost."""
+        if self._sender is None:
+            host = socket.gethostbyname(socket.gethostname()) if self.config.url else "127.0.0.1"
+            device = next(iter(weights.values())).device
+            limit = self.config.timeout_s
+            self._sender = Sender(host, device, patience_s=limit, timeout_s=limit)
+            self._meeting = self._sender.meet([self.config.tensor_parallel])
+        else:
+            self._meeting = self._meeting.again()
+        layout = Layout.of(weights)
+        self._sender.open(self._meeting, layout, doors=False)  # the engine is called at the same time
+        sending = asyncio.to_thread(self._sender.send, layout, (weights[name] for name in layout.names))
+        await asyncio.gather(sending, self._update(engine, _joining(self._meeting, self._meeting.doors[0])))
 
     async def _start(self, *, first: bool) -> None:
         """A new engine with the newest weights, in the place of the old one."""
@@ -557,7 +594,7 @@ class VllmSampler:
                     self.model, self.dtype, self.config, threads=self._threads, context_length=self.context_length
                 )
                 await engine.start()
-            if self.config.weight_transfer == "file":
+            if self.config.weight_transfer != "ipc":
                 await self._init_transfer(engine)
             await self._send(engine)
             if first:
@@ -604,6 +641,8 @@ class VllmSampler:
                 while self._deaths and self._deaths[0] < now - _HOUR_S:
                     self._deaths.popleft()
                 self._deaths.append(now)
+                if self._newest.incoming is not None:
+                    raise TransferLost(f"{error}, and the weights that it had are sent by somebody else") from error
                 if self.config.weight_transfer != "file":
                     raise RunError(
                         f"{error}; with vllm.weight_transfer: {self.config.weight_transfer} a new engine cannot be "
@@ -726,10 +765,8 @@ class VllmSampler:
                 f"async.sampler: vllm without a GPU runs attention heads of {', '.join(map(str, sizes))} dimensions, "
                 f"and {self.model} has {head_dim}; use async.sampler: process"
             )
-        if config.weight_transfer != "file" and not torch.cuda.is_available():
-            raise ConfigError(
-                f"vllm.weight_transfer: {config.weight_transfer} needs a GPU on the learner's side; use file"
-            )
+        if config.weight_transfer == "ipc" and not torch.cuda.is_available():
+            raise ConfigError("vllm.weight_transfer: ipc needs a GPU on the learner's side; use file or broadcast")
 
     async def _check_server(self, server: Server, described: Mapping[str, Any]) -> None:
         """Raises ConfigError for a server of another model, vocabulary, or mode of log-probs."""
@@ -738,7 +775,7 @@ class VllmSampler:
             (("model_config", "logprobs_mode"), "processed_logprobs", "--logprobs-mode processed_logprobs"),
             (
                 ("weight_transfer_config", "backend"),
-                BACKEND if self.config.weight_transfer == "file" else self.config.weight_transfer,
+                self.config.weight_transfer if self.config.weight_transfer == "ipc" else BACKEND,
                 f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\'',
             ),
             (
@@ -806,7 +843,7 @@ class VllmSampler:
         tensors = {name: weights[name].detach().cpu().contiguous() for name in unique.values()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is None:
-            self._folder = _transfer_folder(self.config.transfer_dir, 2 * size)
+            self._folder, self._lock = _transfer_folder(self.config.transfer_dir, 2 * size)
         path = self._folder / f"weights-{version:06d}-{self._updates}.safetensors"
         try:
             save_file(tensors, path)
@@ -854,20 +891,33 @@ def _eos_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
     return models.eos_token_ids(described, tokenizer or models.load_tokenizer(model))
 
 
-def _transfer_folder(named: str | None, needed: int) -> Path:
-    """A new folder for weight files: where the config says, else in memory, else on disk."""
+def _transfer_folder(named: str | None, needed: int) -> tuple[Path, IO[bytes]]:
+    """A new folder for weight files: where the config says, else in memory, else on disk.
+
+    And its lock, which says that it is in use for as long as it is open. Folders there whose owners were killed are
+    removed: nobody else would, and in memory they are as large as the model.
+    """
     parent = Path(named) if named is not None else Path("/dev/shm")
     if named is None and not (parent.is_dir() and shutil.disk_usage(parent).free > 2 * needed):
         parent = Path(tempfile.gettempdir())
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob("cispo-weights-*"):
+            with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise RunError(
                 f"vllm.transfer_dir: {parent} has {free / 2**30:.1f} GiB free, and two versions of the weights take "
                 f"{needed / 2**30:.1f} GiB; name a folder with more room"
             )
-        return Path(tempfile.mkdtemp(prefix="cispo-weights-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix="cispo-weights-", dir=parent))
+        # Locked before it has the name that others look for, so that nobody takes it for a dead one's.
+        lock = (folder / "new").open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "new").rename(folder / "lock")
+        return folder, lock
     except OSError as error:
         raise ConfigError(f"vllm.transfer_dir: {parent} cannot be used: {error}") from error
 
@@ -895,7 +945,12 @@ def _engine_environment(threads: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# --------------------------------------------------------------------------------- GPU transfer (not run in our tests)
+# ------------------------------------------------------------------------------------- CUDA IPC (not run in our tests)
+
+
+def _joining(meeting: Meeting, door: int) -> dict[str, Any]:
+    """For our transfer engine's workers: where to meet, and from which member on."""
+    return {"meeting": asdict(meeting), "door": door}
 
 
 class _SyncClient:
@@ -927,24 +982,13 @@ class _SyncClient:
         self._call("finish_weight_update", self._version)
 
 
-def _open_sender(kind: str, client: _SyncClient, world_size: int) -> Any:
-    """vLLM's trainer side of NCCL or CUDA IPC, not run in our tests. world_size: this process and the engine's."""
+def _open_ipc_sender(client: _SyncClient) -> Any:
+    """vLLM's trainer side of CUDA IPC, not run in our tests."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    if kind == "nccl":
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        address = socket.gethostbyname(socket.gethostname())
-        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
-    else:
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickled between our own processes
-        info = IPCTrainerInitInfo(rank=0)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=_source({}))
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickled between our own processes
+    return WeightTransferTrainerFactory.trainer_init(IPCTrainerInitInfo(rank=0), client=client, source=_source({}))
 
 
 def _source(weights: Mapping[str, Tensor]) -> Any:
@@ -968,9 +1012,10 @@ def _source(weights: Mapping[str, Tensor]) -> Any:
 def register() -> None:
     """Entry point `vllm.general_plugins`: the weight transfer engine `cispo`, in every process of vLLM's.
 
-    It reads a safetensors file, which lies in memory where the machine allows, and loads it in place. Each tensor
-    parallel worker reads what it holds. Heads that share the embedding's weight have their prepacked copy made again:
-    vLLM 0.32 on CPUs would report success and keep the old one (log-probs 2 to 4 nats off).
+    It reads a safetensors file, which lies in memory where the machine allows, or receives a broadcast as a member of a
+    `transfer.Meeting`, and loads the weights in place. Each tensor parallel worker keeps what it holds. Heads that
+    share the embedding's weight have their prepacked copy made again: vLLM 0.32 on CPUs would report success and keep
+    the old one (log-probs 2 to 4 nats off).
     """
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
@@ -984,11 +1029,14 @@ def register() -> None:
         expected: dict[str, Any]
 
     @dataclass
-    class File(WeightTransferUpdateInfo):
-        path: str
+    class Where(WeightTransferUpdateInfo):
+        path: str | None = None
+        meeting: dict[str, Any] | None = None
+        door: int = 0
 
-    class FileEngine(WeightTransferEngine[Expected, File]):
-        init_info_cls, update_info_cls = Expected, File
+    class OurEngine(WeightTransferEngine[Expected, Where]):
+        init_info_cls, update_info_cls = Expected, Where
+        receivers = Receivers()
 
         def init_transfer_engine(self, init_info: Expected) -> None:
             for name, value in init_info.expected.items():
@@ -1001,7 +1049,16 @@ def register() -> None:
 
             initialize_layerwise_reload(self.model)
 
-        def receive_weights(self, update_info: File) -> None:
+        def receive_weights(self, update_info: Where) -> None:
+            if update_info.meeting is not None:
+                from vllm.distributed import get_tensor_model_parallel_rank
+                from vllm.platforms import current_platform
+
+                member = update_info.door + get_tensor_model_parallel_rank()
+                device = torch.device(current_platform.device_type)  # parameters are on `meta` during an update
+                meeting = Meeting(**update_info.meeting)
+                self.model.load_weights(self.receivers.receive(meeting, member, device, aliases=False))
+                return
             with safe_open(update_info.path, framework="pt", device="cpu") as file:
                 self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
@@ -1017,4 +1074,4 @@ def register() -> None:
         def shutdown(self) -> None: ...
 
     with contextlib.suppress(ValueError):  # registered already: plugins may be loaded twice in a process
-        WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, OurEngine)
