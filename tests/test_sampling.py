@@ -1,5 +1,6 @@
 """Sampling: the draw against references and statistics, and the sampler against full passes of real architectures."""
 
+import gc
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from cispo.types import (
     ConfigError,
     DataError,
     NonFiniteError,
+    RunError,
     Sampler,
     SampleRequest,
     SamplingParams,
@@ -437,8 +439,6 @@ def test_cancel_drops_waiting_flying_and_finished_requests():
         results += sampler.poll()
     assert [result.request_id for result in results] == [2]
     assert worst_gap(model, [request(2, [5, 9], 3)], results) < 1e-4
-    sampler.release()
-    assert sampler._slots.cache.row_sides == (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stops
@@ -638,6 +638,104 @@ def test_given_weights_fill_an_own_copy_and_only_whole():
         sampler.update_weights(None, 2)
     with pytest.raises(ConfigError, match="shares"):
         LocalSampler(learner).update_weights(weights, 2)
+
+
+# --------------------------------------------------------------------------------------------------- sleeping in turn
+
+
+def tensor_bytes():
+    """Of all storages that a tensor of this process still refers to, by device type."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
+    return {
+        kind: sum(storage.nbytes() for storage in storages.values() if storage.device.type == kind)
+        for kind in ("cpu", "cuda")
+    }
+
+
+@pytest.mark.parametrize("share_weights", [True, False])
+def test_a_sampler_that_sleeps_holds_no_keys_and_values(share_weights):
+    sampler = LocalSampler(make_model(), share_weights=share_weights)
+    requests = [request(i, range(3 + i, 23 + i), 64, max_tokens=40, temperature=0.5 + i / 2) for i in range(4)]
+    fresh = tensor_bytes()["cpu"]
+    for _ in range(2):
+        results = sampler.sample(requests)
+        tokens = sum(len(completion.tokens) for result in results for completion in result.completions)
+        assert tensor_bytes()["cpu"] - fresh > tokens * sampler._token_bytes
+        sampler.sleep()
+        assert tensor_bytes()["cpu"] == fresh
+        sampler.wake()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, which the weights leave")
+def test_weights_of_its_own_leave_the_device_while_it_sleeps():
+    before = tensor_bytes()["cuda"]
+    sampler = LocalSampler(make_model().cuda(), share_weights=False)
+    expected = sampler.sample([request(0, [3, 4], 8)])
+    sampler.sleep()
+    assert tensor_bytes()["cuda"] == before
+    sampler.wake()
+    assert sampler.sample([request(0, [3, 4], 8)]) == expected
+    learner = make_model()
+    nudged(learner)
+    sampler.sleep()
+    sampler.update_weights(learner.state_dict(), 1)
+    assert tensor_bytes()["cuda"] == before
+    sampler.wake()
+    asked = [request(1, [3, 4], 8)]
+    assert tokens_of(sampler.sample(asked)) == tokens_of(LocalSampler(learner.cuda()).sample(asked))
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("share_weights", [True, False])
+def test_a_sampler_that_slept_samples_what_one_that_never_slept_does(share_weights, update):
+    requests = ragged_requests(8) + [request(50, [5, 6, 7], 24, max_tokens=12)]
+
+    def sample(sleeps):
+        learner = make_model(tie_word_embeddings=True)
+        sampler = LocalSampler(learner, share_weights=share_weights)
+        results = sampler.sample(requests)
+        for version in (1, 2):
+            if sleeps:
+                sampler.sleep()
+                sampler.sleep()
+            if update:
+                nudged(learner)
+                sampler.update_weights(None if share_weights else learner.state_dict(), version)
+            if sleeps:
+                sampler.wake()
+                sampler.wake()
+            results += sampler.sample(requests)
+        return results
+
+    slept, never = sample(True), sample(False)
+    assert slept == never
+    changed = tokens_of(slept[-len(requests) :]) != tokens_of(slept[: len(requests)])
+    assert changed == update, "the update moved nothing, so this proves nothing"
+
+
+def test_only_an_idle_sampler_sleeps_and_none_that_sleeps_takes_work():
+    sampler = LocalSampler(make_model(), steps_per_poll=1)
+    for i in range(3):
+        sampler.submit(request(i, [3 + i], 2, max_tokens=6, stop_token_ids=()))
+    sampler.poll()
+    with pytest.raises(RunError, match="sleep: 3 requests are pending; poll until they are returned, or cancel them"):
+        sampler.sleep()
+    sampler.cancel(0)
+    results = []
+    while sampler.pending:
+        results += sampler.poll()
+    assert sorted(result.request_id for result in results) == [1, 2]  # it stayed awake
+    sampler.sleep()
+    with pytest.raises(RunError, match="request 7: the sampler sleeps; call wake first"):
+        sampler.submit(request(7, [3]))
+    with pytest.raises(RunError, match="prompt_logprobs: the sampler sleeps"):
+        sampler.prompt_logprobs([3, 4])
+    assert sampler.poll() == [] and sampler.pending == 0
+    sampler.cancel(7)
+    sampler.wake()
+    assert len(sampler.sample([request(7, [3])])) == 1
 
 
 # --------------------------------------------------------------------------------------------------- prompt log-probs

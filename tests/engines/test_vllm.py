@@ -4,6 +4,7 @@ Run by `make test-engines`, in a virtual environment of its own (docs/vllm.md); 
 the tests of a module share three. Left out: NCCL and CUDA IPC, which need GPUs.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from cispo import model as models
 from cispo.config import ModelConfig, VllmConfig
 from cispo.learner import LocalLearner
 from cispo.sampling.probe import learner_logprobs
-from cispo.sampling.vllm import VllmSampler
+from cispo.sampling.vllm import VllmSampler, _InProcess
 from cispo.sampling.vllm_server import EngineLost, check_version
 from cispo.tasks.think import VOCABULARY, BaseRecipe, make_base, make_tokenizer
 from cispo.types import ConfigError, DataError, RunError, SampleRequest, SamplingParams
@@ -291,6 +292,114 @@ def test_a_cancelled_request_is_forgotten(untied):
     assert len(untied.sample((1,), 1, max_tokens=3, stop_token_ids=())) == 1
 
 
+# ----------------------------------------------------------------------------------------------------- how it sleeps
+
+
+def test_a_sampler_that_slept_samples_as_before_and_takes_new_weights(side):
+    sampler = side.sampler
+
+    def sample():
+        return side.sample(LONG, 4, max_tokens=12, seed=1, stop_token_ids=())
+
+    for _ in range(2):
+        side.train()
+        version = side.publish()
+        before = sample()
+        sampler.sleep()
+        sampler.sleep()
+        assert sampler._wait(sampler._ask(sampler._engine), "a heartbeat") == str(version)
+        for act, what in (
+            (lambda: sampler.submit(SampleRequest(1, (1,), 1, SamplingParams(max_tokens=1))), "request 1"),
+            (lambda: side.publish(), "update_weights"),
+            (lambda: sampler.probe(), "probe"),
+        ):
+            with pytest.raises(RunError, match=f"{what}: the sampler sleeps; call wake first"):
+                act()
+        assert sampler.pending == 0 and sampler.poll() == [] and sampler.version == version
+        sampler.wake()
+        sampler.wake()
+        after = sample()
+        assert [completion.tokens for completion in after] == [completion.tokens for completion in before]
+        for completion in after:
+            assert set(completion.versions) == {version}
+            assert side.error(LONG, completion).max() <= PARITY
+    assert sampler.probe().max <= PARITY
+    assert sampler.restarts == 0
+
+
+def test_a_sampler_with_requests_does_not_sleep_and_cancelled_ones_do_not_delay_it(untied):
+    sampler = untied.sampler
+    endless = SamplingParams(max_tokens=4000, stop_token_ids=())
+    for number in range(2):
+        sampler.submit(SampleRequest(number, (number,), 2, endless))
+    with pytest.raises(RunError, match="sleep: 2 requests are pending; poll until they are returned, or cancel them"):
+        sampler.sleep()
+    while tokens_written(sampler) < 10:
+        assert not sampler.poll(wait=False), "finished before they could be cancelled; give them more tokens"
+    sampler.cancel(0)
+    sampler.cancel(1)
+    sampler.sleep()
+    sampler.wake()
+    assert tokens_written(sampler) == 0
+    assert len(untied.sample((1,), 1, max_tokens=3, stop_token_ids=())) == 1
+
+
+def test_an_engine_that_dies_asleep_is_replaced_when_the_sampler_wakes(tmp_path):
+    settings = SETTINGS.model_copy(update={"max_restarts": 2})
+    side = Side(save_tiny(tmp_path / "model", tied=True), sleeps=True, config=settings)
+    sampler = side.sampler
+    try:
+        side.train()
+        version = side.publish()
+        for deaths, found_by_the_heartbeat in ((1, True), (2, False)):
+            sampler.sleep()
+            (pid,) = alive(side)
+            os.kill(pid, signal.SIGKILL)
+            if found_by_the_heartbeat:
+                deadline = time.monotonic() + 60
+                while not sampler._engine.lost.done():
+                    assert sampler.poll(wait=False) == [] and time.monotonic() < deadline
+                    time.sleep(0.1)
+            assert sampler.restarts == deaths - 1, "it took the memory of whoever let it sleep"
+            sampler.wake()
+            assert sampler.restarts == deaths and alive(side) != [pid]
+            for completion in side.sample(LONG, 2, max_tokens=12, stop_token_ids=()):
+                assert set(completion.versions) == {version}
+                assert side.error(LONG, completion).max() <= PARITY
+        side.train()
+        side.publish()
+        assert sampler.probe().max <= PARITY
+        sampler.sleep()
+        os.kill(alive(side)[0], signal.SIGKILL)
+        with pytest.raises(RunError, match=r"lost 3 times within an hour \(vllm.max_restarts: 2\)"):
+            sampler.wake()
+    finally:
+        sampler.close()
+
+
+def test_only_an_engine_that_can_give_its_memory_back_is_put_to_sleep(untied, monkeypatch):
+    """By what vLLM says of a platform with sleep mode, which there is no engine of here."""
+    from vllm.platforms import current_platform
+
+    def arguments(sleeps):
+        async def construct():
+            options = {"threads": 1, "context_length": None, "sleeps": sleeps}
+            return _InProcess(untied.sampler.model, torch.float32, SETTINGS, **options)._arguments
+
+        return asyncio.run(construct())
+
+    assert not arguments(sleeps=True).enable_sleep_mode  # vLLM refuses it on CPU cores
+    monkeypatch.setattr(current_platform, "is_sleep_mode_available", lambda: True)
+    assert arguments(sleeps=True).enable_sleep_mode and not arguments(sleeps=False).enable_sleep_mode
+    with pytest.raises(RunError, match="started to keep its memory; construct the sampler with sleeps=True"):
+        untied.sampler.sleep()
+
+
+def test_a_server_is_not_put_to_sleep(untied):
+    with pytest.raises(ConfigError, match=r"the engine at http://127.0.0.1:9 is not this run's to put to sleep"):
+        VllmSampler(untied.sampler.model, VllmConfig(url="http://127.0.0.1:9"), sleeps=True)
+
+
 # ------------------------------------------------------------------------------------------------------ how it dies
 
 
@@ -446,6 +555,8 @@ def test_a_server_follows_the_learner_and_comes_back_from_the_dead(server):
         side.train()
         sampler.update_weights(side.learner.weights(), 1)
         assert sampler.parity.version == 1 and sampler.parity.max <= PARITY
+        with pytest.raises(RunError, match=r"sleep: the engine at .* is not this run's to put to sleep"):
+            sampler.sleep()
         found = side.sample(
             LONG, 8, max_tokens=20, temperature=0.7, seed=3, stop_token_ids=()
         )  # more than it decodes at once

@@ -42,7 +42,7 @@ from cispo.sampling.slots import (
     Row,
     Slots,
 )
-from cispo.types import Completion, ConfigError, DataError, NonFiniteError, SampleRequest, SampleResult
+from cispo.types import Completion, ConfigError, DataError, NonFiniteError, RunError, SampleRequest, SampleResult
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ class LocalSampler:
         self._broken: list[int] = []
         self._admitted = 0
         self._stale = False
+        self._asleep = False
         self._how: dict | None = None  # how the rows in flight are drawn; None: ask again
         self._token_text: dict[int, str] = {}
         self._shared = self.config._attn_implementation in ("sdpa", "eager")
@@ -176,7 +177,9 @@ class LocalSampler:
         return self._slots.n - self._slots.dead
 
     def submit(self, request: SampleRequest) -> None:
-        """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work."""
+        """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work,
+        RunError while the sampler sleeps."""
+        self._check_awake(f"request {request.request_id}")
         self._check_request(request)
         params = request.params
         stops = self.eos_token_ids if params.stop_token_ids is None else tuple(params.stop_token_ids)
@@ -227,8 +230,9 @@ class LocalSampler:
         """Log-probs of given tokens under the present weights, at once and beside what is in flight.
 
         The logits of a slice of positions exist at a time. Raises DataError for tokens that are no prompt of this
-        model, NonFiniteError where its logits hold NaN or infinity.
+        model, NonFiniteError where its logits hold NaN or infinity, RunError while the sampler sleeps.
         """
+        self._check_awake("prompt_logprobs")
         if not 0 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k is {top_k}, but must be between 0 and the {self.vocab_size} tokens there are")
         self._check_prompt("prompt_logprobs", tokens)
@@ -272,7 +276,7 @@ class LocalSampler:
             self._slots.drop(np.array(slots))
 
     def update_weights(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
-        """New policy from here on, rows in flight included.
+        """New policy from here on, rows in flight included; also while the sampler sleeps.
 
         weights: by their names in `model.state_dict()`, or None when they are shared and have changed in place. All
         are checked before the first is written. Raises ConfigError for a weight that is missing, unknown or of another
@@ -300,11 +304,28 @@ class LocalSampler:
         for entry in self._waiting:
             entry.forget()
 
-    def release(self) -> None:
-        """Give the key/value memory back while nothing is in flight (a learner on the same device may need it)."""
-        self._slots.compact()
-        if self._slots.n == 0:
-            self._slots = Slots(self.config.num_hidden_layers, self._device)
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`: keys and values, and on a CUDA device weights of its own.
+
+        Those wait in the host's memory; shared ones are the learner's, and stay where it has them. Nothing may be
+        pending: raises RunError otherwise. One that sleeps already sleeps on.
+        """
+        if self._asleep:
+            return
+        if self.pending:
+            raise RunError(f"sleep: {self.pending} requests are pending; poll until they are returned, or cancel them")
+        self._slots = Slots(self.config.num_hidden_layers, self._device)
+        self._how = None
+        if not self.share_weights and self._device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()  # what torch keeps for later is kept from other processes
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Be able to sample again: with the weights it slept with, or those that `update_weights` brought meanwhile."""
+        if self._asleep and not self.share_weights:
+            self.model.to(self._device)
+        self._asleep = False
 
     # --------------------------------------------------------------------------------------------------- one step
 
@@ -766,6 +787,10 @@ class LocalSampler:
                 self.config._attn_implementation = attention
 
     # ----------------------------------------------------------------------------------------------------- validation
+
+    def _check_awake(self, what: str) -> None:
+        if self._asleep:
+            raise RunError(f"{what}: the sampler sleeps; call wake first")
 
     def _check_request(self, request: SampleRequest) -> None:
         what, params = f"request {request.request_id}", request.params

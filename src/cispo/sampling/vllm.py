@@ -111,7 +111,16 @@ class _InProcess:
     The child is vLLM's own affair: it has workers of its own, and this process hears of it through AsyncLLM only.
     """
 
-    def __init__(self, model: str, dtype: torch.dtype, config: VllmConfig, *, threads: int, context_length: int | None):
+    def __init__(
+        self,
+        model: str,
+        dtype: torch.dtype,
+        config: VllmConfig,
+        *,
+        threads: int,
+        context_length: int | None,
+        sleeps: bool,
+    ):
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
 
@@ -128,6 +137,7 @@ class _InProcess:
             max_num_seqs=config.max_sequences,
             max_model_len=context_length,
             enforce_eager=eager,
+            enable_sleep_mode=sleeps and _sleep_frees_memory(),
             logprobs_mode="processed_logprobs",  # the default would ignore the temperature
             enable_prefix_caching=True,  # the samples of one prompt share it
             generation_config="vllm",  # no top_k or top_p of the model folder's
@@ -184,6 +194,15 @@ class _InProcess:
         with self._translated():
             await self._llm.resume_generation()
 
+    async def sleep(self) -> None:
+        # Nobody waits for what is aborted: the sampler has no requests, only remains of cancelled ones.
+        with self._translated():
+            await self._llm.sleep(level=1, mode="abort")
+
+    async def wake(self) -> None:
+        with self._translated():
+            await self._llm.wake_up()
+
     async def call(self, name: str, payload: dict[str, Any] | str | None = None) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
@@ -233,6 +252,7 @@ class VllmSampler:
     eos_token_ids: what ends a completion when its `stop_token_ids` is None; None: what the folder and tokenizer name.
     in_flight: completions go on under new weights; otherwise `update_weights` waits for them. recompute_kv: compute
     their keys and values again, instead of keeping those of the weights that wrote them. Both may be changed later.
+    sleeps: `sleep` will be called; the engine then takes its memory from an allocator that can give it back.
     threads: of the engine, on CPU cores. seed: of the seeds of requests that bring none. alive: called several times a
     second while a call waits, for whoever watches the caller.
 
@@ -254,6 +274,7 @@ class VllmSampler:
         eos_token_ids: Sequence[int] | None = None,
         in_flight: bool = True,
         recompute_kv: bool = False,
+        sleeps: bool = False,
         threads: int = 1,
         seed: int = 0,
         version: int = 0,
@@ -278,6 +299,7 @@ class VllmSampler:
         self._model_config = model_config
         self._reference, self.in_flight, self.recompute_kv = reference, in_flight, recompute_kv
         self._threads = threads
+        self._sleeps, self._asleep = sleeps, False
         self._tolerance = config.probe_tolerance or TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
         self._check_settings()
         self._folder: Path | None = None
@@ -318,7 +340,9 @@ class VllmSampler:
             return len(self._open) + len(self._done)
 
     def submit(self, request: SampleRequest) -> None:
-        """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work."""
+        """Queue a request. Raises DataError or ConfigError for one that cannot be sampled as asked, before any work,
+        RunError while the sampler sleeps."""
+        self._check_awake(f"request {request.request_id}")
         self._check_request(request)
         if not self._published:
             raise RunError(
@@ -376,11 +400,13 @@ class VllmSampler:
 
         weights: by their `transformers` names; or `transfer.Incoming`, which the engine's own processes receive. Then,
         after the first updates and every so often, a probe compares the engine's log-probs with the learner's. Raises
-        ConfigError without weights, RunError where the engine refuses them, cannot be kept alive, or fails the probe;
-        and TransferLost where weights that somebody else sends did not arrive, or went with the engine.
+        ConfigError without weights; RunError where the engine refuses them, cannot be kept alive, or fails the probe,
+        and while the sampler sleeps; TransferLost where weights that somebody else sends did not arrive, or went with
+        the engine.
         """
         if weights is None:
             raise ConfigError("update_weights: vLLM has weights of its own, so they must be passed: learner.weights()")
+        self._check_awake("update_weights")
         old = self._newest.path
         if isinstance(weights, Incoming):
             self._newest = _Weights(version, incoming=weights)
@@ -401,8 +427,10 @@ class VllmSampler:
     def probe(self) -> Parity:
         """Sample a few completions of recent prompts, and compare their log-probs with the learner's.
 
-        Raises RunError where they differ by more than the tolerance, ConfigError without a `reference`.
+        Raises RunError where they differ by more than the tolerance and while the sampler sleeps, ConfigError without
+        a `reference`.
         """
+        self._check_awake("probe")
         if self._reference is None:
             raise ConfigError("probe: there is nothing to compare with; construct the sampler with `reference`")
         requests = self._recent.requests(-1, seed=self._updates, context_length=self.context_length)
@@ -421,6 +449,33 @@ class VllmSampler:
             version=self.version,
         )
         return self.parity
+
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`. One that sleeps already sleeps on.
+
+        vLLM's level 1: the cache is dropped, and the weights wait in the host's memory, which must have room for them.
+        Level 2 would drop the weights too, and whoever wakes the sampler would have to send them again, before an
+        evaluation of unchanged weights as well. vLLM frees nothing on CPU cores. An engine that dies asleep is replaced
+        by `wake`, since another would take the memory at once.
+
+        Raises RunError where requests are pending, where the engine is a server's, and where it could free memory but
+        was started without `sleeps`.
+        """
+        if self.config.url is not None:
+            raise RunError(f"sleep: the engine at {self.config.url} (vllm.url) is not this run's to put to sleep")
+        if not self._sleeps and _sleep_frees_memory():
+            raise RunError("sleep: this engine was started to keep its memory; construct the sampler with sleeps=True")
+        if self._asleep:
+            return
+        if self.pending:
+            raise RunError(f"sleep: {self.pending} requests are pending; poll until they are returned, or cancel them")
+        self._wait(self._sleep(True), "going to sleep")
+
+    def wake(self) -> None:
+        """Be able to sample again, with the weights it slept with; also where the engine died meanwhile. One that is
+        awake already stays so. Raises RunError where there is no memory for the engine, or it cannot be kept alive."""
+        if self._asleep:
+            self._wait(self._sleep(False), "waking")
 
     def close(self) -> None:
         """End the engine (a server goes on) and the thread."""
@@ -581,6 +636,18 @@ class VllmSampler:
         sending = asyncio.to_thread(self._sender.send, layout, (weights[name] for name in layout.names))
         await asyncio.gather(sending, self._update(engine, _joining(self._meeting, self._meeting.doors[0])))
 
+    async def _sleep(self, asleep: bool) -> None:
+        lost = None
+        async with self._turn:
+            engine = self._engine
+            try:
+                await self._unless_lost(engine, engine.sleep() if asleep else engine.wake(), every=_HEARTBEAT_S)
+            except EngineLost as error:
+                lost = error
+            self._asleep = asleep
+        if lost is not None:
+            await self._replace(engine, lost)
+
     async def _start(self, *, first: bool) -> None:
         """A new engine with the newest weights, in the place of the old one."""
         self._starting = time.monotonic()
@@ -591,7 +658,12 @@ class VllmSampler:
                 await engine.resume()  # one that was left paused by a run that died
             else:
                 self._engine = engine = _InProcess(
-                    self.model, self.dtype, self.config, threads=self._threads, context_length=self.context_length
+                    self.model,
+                    self.dtype,
+                    self.config,
+                    threads=self._threads,
+                    context_length=self.context_length,
+                    sleeps=self._sleeps,
                 )
                 await engine.start()
             if self.config.weight_transfer != "ipc":
@@ -629,13 +701,22 @@ class VllmSampler:
             ) from None
 
     async def _replace(self, old: Engine, error: EngineLost) -> None:
-        """Whoever finds an engine dead first replaces it; the others wait for that. Raises RunError when it is over."""
+        """Whoever finds an engine dead first replaces it; the others wait for that. Raises RunError when it is over.
+
+        Of a sampler that sleeps, what is left of the engine is cleared away: another would take the memory that was
+        given back, so that `wake` starts it.
+        """
         async with self._turn:
             if self._engine is not old:
                 return
             if self._error is not None:
                 raise self._error
             old.lost.done() or old.lost.set_result(error)
+            if self._asleep:
+                log.warning("%s while the sampler sleeps; another is started when it wakes", error)
+                old.kill()
+                await old.close()
+                return
             while True:
                 now = time.monotonic()
                 while self._deaths and self._deaths[0] < now - _HOUR_S:
@@ -669,6 +750,8 @@ class VllmSampler:
             await asyncio.sleep(min(_HEARTBEAT_S, self.config.timeout_s / 4))
             async with self._turn:
                 engine = self._engine
+                if self._asleep and engine.lost.done():  # `wake` replaces it
+                    continue
                 expected = str(self._applied)
                 try:
                     version = await self._ask(engine)
@@ -746,10 +829,19 @@ class VllmSampler:
         if since is not None and time.monotonic() - since > limit:
             raise RunError(f"vllm: the engine has not started within {limit:g} s (vllm.start_timeout_s)")
 
+    def _check_awake(self, what: str) -> None:
+        if self._asleep:
+            raise RunError(f"{what}: the sampler sleeps; call wake first")
+
     def _check_settings(self) -> None:
         config = self.config
         if config.url is None:
             check_version(installed_version(), "the one installed here")
+        elif self._sleeps:
+            raise ConfigError(
+                f"vllm.url: this sampler is to sleep, and the engine at {config.url} is not this run's to put to "
+                "sleep; remove vllm.url, so that the run starts an engine of its own"
+            )
         for name in ("gpu_memory_utilization", "tensor_parallel", "kv_cache_gib", "max_sequences", "eager"):
             if config.url is not None and getattr(config, name) != VllmConfig.model_fields[name].default:
                 raise ConfigError(
@@ -867,6 +959,13 @@ def installed_version() -> str:
             f"{SUPPORTED} as docs/vllm.md says; or name a server in vllm.url"
         ) from None
     return vllm.__version__
+
+
+def _sleep_frees_memory() -> bool:
+    """Whether vLLM's sleep mode gives memory back here. On CPU cores an engine that sleeps is only paused."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_sleep_mode_available()
 
 
 def _cpu_head_sizes() -> list[int]:
