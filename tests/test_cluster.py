@@ -24,7 +24,7 @@ from ray import cloudpickle
 
 from cispo import cli, cluster, objectives
 from cispo import config as configs
-from cispo.cluster.start import with_transfer
+from cispo.cluster.start import demand, with_transfer
 from cispo.cluster.weights import pack, unpack
 from cispo.metrics import read_jsonl
 from cispo.tasks.think import ThinkTask
@@ -40,10 +40,11 @@ from cispo.types import (
     SamplingParams,
 )
 
-WORDS = [
+COMMON = [
     "--cluster", "ray", "--cluster.learner_ranks", "2", "--cluster.learner_cpus", "0.5",
-    "--cluster.sampler_cpus", "0.5", "--threads", "1", "--async.max_staleness", "1",
+    "--cluster.sampler_cpus", "0.5", "--threads", "1",
 ]  # fmt: skip
+WORDS = [*COMMON, "--async.max_staleness", "1", "--cluster.learner_gpus", "0", "--cluster.sampler_gpus", "0"]
 
 
 def load(*words):
@@ -53,7 +54,11 @@ def load(*words):
 @pytest.fixture(scope="module", autouse=True)
 def machine():
     """One Ray for all tests; each run joins it, as a run joins a cluster."""
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "CUDA_VISIBLE_DEVICES", "0,1"
+        )  # they are only Ray's word, for the one test that places actors there
+        ray.init(num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
     yield
     ray.shutdown()
 
@@ -197,7 +202,7 @@ def test_a_dead_rank_is_a_lost_learner_and_an_agreed_error_is_not(parts):
 
 def test_resources_that_are_not_there_are_named(base_folder):
     config = load("--cluster.address", "auto", "--cluster.learner_ranks", "64", "--cluster.learner_gpus", "1")
-    with pytest.raises(ConfigError, match="need 32.5 CPU and 64 GPU; the cluster has 6 CPU and 0 GPU"):
+    with pytest.raises(ConfigError, match="need 32.5 CPU and 64 GPU; the cluster has 6 CPU and 2 GPU"):
         cluster.compose(config, base_folder, ThinkTask())
 
 
@@ -275,15 +280,69 @@ def test_a_broadcast_reaches_every_sampler_and_those_that_die_lose_nothing(parts
     assert sorted(found) == list(range(24)) and 3 in versions(found)
 
 
-def test_a_broadcast_between_a_gpu_and_none_is_refused():
-    config = load("--cluster.weight_transfer", "broadcast")
+def test_weights_go_by_broadcast_where_all_have_gpus_of_their_own():
+    def chosen(*words):
+        config = configs.load(None, [*COMMON, *words])
+        return with_transfer(config, demand(config, 3)).cluster.weight_transfer
+
+    assert chosen() == "broadcast"
+    assert chosen("--cluster.samplers", "2") == "object_store"  # too few GPUs, so none are used
+    assert chosen("--cluster.sampler_gpus", "0") == "object_store"
+    assert chosen("--cluster.colocate", "true") == "object_store"
     with pytest.raises(ConfigError, match="the learner ranks have GPUs and the samplers have none"):
-        with_transfer(config, {"CPU": 1, "GPU": 1}, {"CPU": 1})
-    chosen = [
-        with_transfer(load(), learner, sampler).cluster.weight_transfer
-        for learner, sampler in (({"GPU": 1}, {"GPU": 1}), ({"GPU": 1}, {}), ({}, {}))
-    ]
-    assert chosen == ["broadcast", "object_store", "object_store"]
+        chosen("--cluster.weight_transfer", "broadcast", "--cluster.sampler_gpus", "0")
+
+
+def test_who_takes_turns_shares_a_bundle():
+    words = ["--cluster.learner_ranks", "4", "--cluster.samplers", "2", "--cluster.colocate", "true"]
+    wanted = demand(configs.load(None, [*COMMON, *words, "--cluster.sampler_cpus", "3"]), 4)
+    assert wanted.bundles == [{"CPU": 3.0, "GPU": 2.0}] * 2  # not 4.0: never at the same time
+    assert [index for index, _ in wanted.ranks] == [0, 0, 1, 1] and [index for index, _ in wanted.samplers] == [0, 1]
+    assert wanted.ranks[0][1] == {"CPU": 0.5, "GPU": 1.0}
+
+
+@pytest.fixture
+def parts_in_turn(base_folder):
+    words = ["--cluster.colocate", "true", "--cluster.address", "auto", "--cluster.learner_gpus", "1"]
+    words += ["--model.device", "cpu"]
+    built = cluster.compose(configs.load(None, [*COMMON, *words]), base_folder, ThinkTask())
+    yield built
+    built.close()
+
+
+def test_samplers_sleep_while_the_learner_works_and_one_that_dies_asleep_loses_nothing(parts_in_turn):
+    sampler, learner = parts_in_turn.sampler, parts_in_turn.learner
+    batch = Batch((torch.tensor([1, 2, 3]),), torch.tensor([2, 3, 4]), torch.ones(3), {"advantages": torch.ones(3)})
+    (seat,) = sampler._seats
+    assert seat.devices == ["0", "1"]  # those of the two ranks
+
+    def train():
+        learner.forward_backward(batch, objectives.reinforce)
+        learner.optim_step(AdamParams(1e-2))
+
+    for version in (1, 2):
+        for request in requests(24):
+            sampler.submit(request)
+        train()  # finishes what was asked for first
+        assert seat.state[0] == "asleep"
+        found = all_of(sampler)
+        assert set(found) == set(range(24)) and seat.state[0] == "asleep"
+        sampler.update_weights(learner.weights(), version)
+        assert sampler.parity.version == version and sampler.parity.max <= 1e-4
+    train()
+    os.kill(sampler.processes()[0], signal.SIGKILL)
+    sampler.update_weights(learner.weights(), 3)
+    for request in requests(24):
+        sampler.submit(request)
+    assert {v for completions in all_of(sampler).values() for c in completions for v in c.versions} == {3}
+    train()
+    os.kill(sampler.processes()[0], signal.SIGKILL)
+    while seat.state[0] != "gone":
+        sampler.poll()
+    train()  # nobody is there to disturb it
+    assert sampler.restarts == 2
+    sampler.update_weights(learner.weights(), 4)
+    assert sampler.probe().version == 4
 
 
 def test_weights_beyond_the_object_store_are_spilled_and_arrive(parts_of_one_sampler):
@@ -316,6 +375,22 @@ class Deadly(ThinkTask):
             (self._folder / str(done)).touch()
             os.kill(os.getpid(), self._signal)
         return await super().score(prompt, completions, completion_ids=completion_ids)
+
+
+def test_a_run_whose_learner_and_sampler_take_turns_equals_one_in_a_single_process(base_folder, tmp_path):
+    """Where they are makes no difference to what is sampled first, nor to how it is rewarded."""
+    words = [
+        "--steps", "3", "--eval.every", "3", "--eval.max_prompts", "32", "--rollout.groups_per_step", "8",
+        "--algorithm.updates_per_rollout", "2", "--cluster.colocate", "true", "--cluster.address", "auto",
+    ]  # fmt: skip
+    run_dir = cli.train(configs.load(None, [*COMMON, *words, "--run_dir", str(tmp_path / "run")]))
+    alone = words[: words.index("--cluster.colocate")]
+    other = cli.train(configs.load(None, ["--threads", "1", *alone, "--run_dir", str(tmp_path / "alone")]))
+    mine, theirs = (list(read_jsonl(folder / "metrics.jsonl")) for folder in (run_dir, other))
+    assert [r["step"] for r in mine] == [0, 1, 2, 3] and all(r["staleness/steps_max"] == 0 for r in mine[1:])
+    assert mine[0]["eval/accuracy"] == theirs[0]["eval/accuracy"]
+    assert mine[1]["reward/mean"] == pytest.approx(theirs[1]["reward/mean"])
+    assert mine[1]["policy/loss"] == pytest.approx(theirs[1]["policy/loss"], rel=1e-3)
 
 
 def small_run(tmp_path, *words):

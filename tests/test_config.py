@@ -132,6 +132,24 @@ def test_every_recipe_is_a_config(recipe):
         ),
         ("--vllm.weight_transfer ipc", "vllm.weight_transfer: ipc with cluster.kind: ray"),
         (
+            "--cluster.colocate true --async.max_staleness 1",
+            "colocate: true with async.max_staleness: 1, .* use max_st",
+        ),
+        (
+            "--cluster.colocate true --cluster.learner_ranks 3 --cluster.samplers 2",
+            "2 do not share 3 learner ranks' GPUs",
+        ),
+        (
+            "--cluster.colocate true --cluster.weight_transfer broadcast",
+            "no two members on one GPU; use weight_transfer",
+        ),
+        ("--cluster.colocate true --vllm.tensor_parallel 2", "vllm.tensor_parallel: 2 .* use fewer samplers, or .*: 1"),
+        ("--cluster.colocate true --vllm.url http://a:1", "vllm.url: a server cannot be put to sleep"),
+        (
+            "--cluster.colocate true --cluster.kind none",
+            "colocate: true with cluster.kind: none.* use cluster.kind: ray",
+        ),
+        (
             "--vllm.url http://a:1 --cluster.samplers 2",
             "vllm.url: http://a:1 with cluster.samplers: 2, .* use samplers: 1",
         ),

@@ -599,9 +599,12 @@ class ClusterConfig(Section):
     """Of each sampler. None: as learner_gpus; with vLLM vllm.tensor_parallel of them."""
     reward_workers: NonNegativeInt = 0
     """Ray: processes that score completions. 0: scored in the trainer's process."""
+    colocate: bool = False
+    """Ray: learner ranks and samplers share GPUs and take turns: samplers sleep while the learner works. Each sampler
+    shares those of learner_ranks / samplers ranks. Synchronous only."""
     weight_transfer: Literal["object_store", "broadcast"] | None = None
     """How the learner's weights reach the samplers: through Ray's object store; or by broadcast from its first rank to
-    their devices (NCCL between GPUs, gloo between CPUs). None: broadcast where all of them have GPUs."""
+    their devices (NCCL between GPUs, gloo between CPUs). None: broadcast where all of them have GPUs of their own."""
     transfer_timeout_s: Positive = 120.0
     """How long one part of a broadcast, at most 256 MiB or one tensor, may take before its members count as lost."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -705,6 +708,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"rollout.{truncated[0]}: {getattr(rollout, truncated[0]):g} with async.sampler: vllm, whose log-probs are "
             "of the truncated distribution, not of the policy; remove the truncation, or use async.sampler: process"
         )
+    if config.cluster.colocate:
+        yield from _colocation(config)
     if config.cluster.kind == "ray" and config.asynchrony.sampler == "vllm":
         if config.vllm.weight_transfer != "file":
             yield (
@@ -783,6 +788,41 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"eval.every: {config.eval.every} without held-out data; give the task an evaluation set "
             "(eval_path, eval_split or eval_fraction), or set eval.every: 0"
         )
+
+
+def _colocation(config: Config) -> Iterator[str]:
+    """Why learner and samplers could not take turns on the same devices."""
+    cluster = config.cluster
+    if cluster.kind != "ray":
+        yield f"cluster.colocate: true with cluster.kind: {cluster.kind}, which places nothing; use cluster.kind: ray"
+    if config.asynchrony.max_staleness:
+        yield (
+            f"cluster.colocate: true with async.max_staleness: {config.asynchrony.max_staleness}, for which sampling "
+            "goes on while the learner trains; use max_staleness: 0, or give the samplers GPUs of their own"
+        )
+    if cluster.learner_ranks % cluster.samplers:
+        yield (
+            f"cluster.samplers: {cluster.samplers} do not share {cluster.learner_ranks} learner ranks' GPUs evenly; "
+            "use a divisor of cluster.learner_ranks"
+        )
+    if cluster.weight_transfer == "broadcast":
+        yield (
+            "cluster.weight_transfer: broadcast with cluster.colocate: true, and NCCL has no two members on one GPU; "
+            "use weight_transfer: object_store"
+        )
+    if cluster.learner_gpus not in (None, 0, 1):
+        yield f"cluster.learner_gpus: {cluster.learner_gpus:g} with cluster.colocate: true; a rank has one GPU or none"
+    if cluster.sampler_gpus is not None:
+        yield "cluster.sampler_gpus: with cluster.colocate: true a sampler has those of its ranks; remove it"
+    if config.asynchrony.sampler == "vllm":
+        shared = cluster.learner_ranks // cluster.samplers
+        if config.vllm.tensor_parallel > shared:
+            yield (
+                f"vllm.tensor_parallel: {config.vllm.tensor_parallel} with cluster.colocate: true, and a sampler "
+                f"shares the GPUs of {shared} learner ranks; use fewer samplers, or tensor_parallel: {shared}"
+            )
+        if config.vllm.url is not None:
+            yield "vllm.url: a server cannot be put to sleep from here; remove it, or cluster.colocate"
 
 
 def _has_eval_set(task: JsonlTask | HubTask) -> bool:

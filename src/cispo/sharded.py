@@ -263,6 +263,11 @@ class ShardedLearner(LocalLearner):
         dist.all_reduce(squares, group=self._group)
         return squares.sqrt()
 
+    def rest(self) -> None:
+        """Give back the device's memory that is set aside and not used. Weights and optimizer stay."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # --------------------------------------------------------------------------------------------------------- head
 
     def _head(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -26,11 +26,11 @@ from cispo.tasks.think import BaseRecipe, ThinkTask, make_base
 from cispo.types import ConfigError, RunError, SampleRequest, SamplingParams
 
 PARITY = 1e-4
-WORDS = [
+COMMON = [
     "--cluster", "ray", "--cluster.address", "auto", "--cluster.learner_cpus", "0.5", "--cluster.sampler_cpus", "0.5",
-    "--threads", "1", "--async.sampler", "vllm", "--async.max_staleness", "1", "--vllm.kv_cache_gib", "0.5",
-    "--vllm.probe_tolerance", str(PARITY),
+    "--threads", "1", "--async.sampler", "vllm", "--vllm.kv_cache_gib", "0.5", "--vllm.probe_tolerance", str(PARITY),
 ]  # fmt: skip
+WORDS = [*COMMON, "--async.max_staleness", "1"]
 ENGINE, ACTOR = "VLLM::EngineCore", "ray::Worker"
 
 
@@ -137,6 +137,28 @@ def test_two_samplers_share_the_work_update_in_flight_and_are_both_probed(base):
     finally:
         parts.close()
     until(lambda: not processes(ENGINE), "an engine core is left")
+
+
+def test_a_learner_and_an_engine_that_take_turns_learn_though_the_engine_is_killed(base, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["--cluster.colocate", "true", "--model.path", str(base), "--run_dir", str(run_dir), "--steps", "8",
+             "--eval.every", "8", "--eval.max_prompts", "64", "--vllm.probe_every", "1"]  # fmt: skip
+    config = configs.load(None, [*COMMON, *words])
+
+    def kill() -> None:  # during a step, whoever's turn it is
+        path = run_dir / "metrics.jsonl"
+        while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.005)
+        (engine,) = processes(ENGINE)
+        engine.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    cli.train(config)
+    until(lambda: not processes(ENGINE), "an engine core is left")
+    records = list(read_jsonl(run_dir / "metrics.jsonl"))
+    assert [record["step"] for record in records] == list(range(9))
+    assert all(record["staleness/steps_max"] == 0 for record in records[1:])
+    assert records[-1]["eval/accuracy"] > records[0]["eval/accuracy"] + 0.3
 
 
 def test_a_model_that_vllm_cannot_run_is_refused_before_the_run_has_a_folder(tmp_path):

@@ -41,6 +41,10 @@ class Rank:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
+    def devices(self) -> list[str]:
+        """The GPUs that Ray gave this actor, by their names for CUDA_VISIBLE_DEVICES."""
+        return list(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+
     def start(self, config: Config, path: str, rank: int, meeting_place: str) -> None:
         from cispo.cluster.rank import build_rank
 
@@ -83,6 +87,7 @@ class RayLearnerGroup:
         actor = ray.remote(Rank)
         self.ranks = [actor.options(max_restarts=0, **chosen).remote() for chosen in options]
         meeting_place = self._wait("start", [self.ranks[0].meeting_place.remote()], self._start_timeout_s)[0]
+        self._devices = [rank.devices.remote() for rank in self.ranks]
         self._starting = [
             rank.start.remote(config, str(path), number, meeting_place) for number, rank in enumerate(self.ranks)
         ]
@@ -90,6 +95,14 @@ class RayLearnerGroup:
     def wait_until_ready(self) -> None:
         """Until all ranks have loaded their model. Raises what kept one from it."""
         self._wait("start", self._starting, self._start_timeout_s)
+
+    def devices(self) -> list[list[str]]:
+        """Each rank's GPUs. Does not wait for their models."""
+        return self._wait("start", self._devices, self._start_timeout_s)
+
+    def rest(self) -> None:
+        """Give back what the ranks hold and do not use, because others are about to need it."""
+        self._all("rest")
 
     # ------------------------------------------------------------------------------------------------------- verbs
 

@@ -6,6 +6,9 @@ brings it. Where weights go by broadcast, the learner must take part in every de
 nothing to sample until the next. That comes at once while the learner still has the weights that were published, and
 otherwise when it publishes again. After the first updates, and every so often, each sampler is probed: it samples a few
 short completions, and their log-probs are compared with the learner's (`sampling/probe.py`).
+
+Where samplers share devices with the learner (`turns.py`), the pool puts them to sleep when all that was asked of them
+is done, and wakes them when something is asked. One that dies asleep is started again when the pool wakes.
 Left out on purpose: how tokens are sampled.
 
 The actor's loop. Consumes: commands, in the order in which the pool numbered them. Waits for: a command, when it has
@@ -15,6 +18,7 @@ nothing to sample. Unblocked by: the pool. Produces: results, or the exception t
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -47,6 +51,10 @@ TAKE_S = 1.0
 """How long an actor holds the question for results while there are none. Its answer is also its sign of life."""
 CLOSE_S = 30.0
 """How long the engines of a pool may take to end by themselves."""
+LOADING, AWAKE, ASLEEP, GONE = "loading", "awake", "asleep", "gone"
+"""GONE: it died asleep, and its place is taken again when the pool wakes."""
+State = tuple[str, int]
+"""Of a sampler: one of these, and which of its pool's turns brought it there."""
 PROBES = -(1 << 62)
 """Request ids from here on are probes'; the trainer's are far above."""
 
@@ -54,7 +62,9 @@ PROBES = -(1 << 62)
 class Worker:
     """The actor: a sampler in a thread of its own, because decoding goes on whatever the pool asks."""
 
-    def __init__(self, config: Config, path: str) -> None:
+    def __init__(self, config: Config, path: str, devices: Sequence[str] = ()) -> None:
+        if devices:  # other actors have them too, and Ray shows them to those only; CUDA has not been started yet
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         self._config, self._path = config, path
         self._commands: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._early: dict[int, tuple[str, Any]] = {}
@@ -62,7 +72,7 @@ class Worker:
         self._results: list[SampleResult] = []
         self._news = threading.Condition()
         self._error: BaseException | None = None
-        self._ready = False
+        self._state: State = (LOADING, 0)
         self._receivers = Receivers()
         self._sampler: Sampler | None = None
         self._beat = time.monotonic()
@@ -76,14 +86,16 @@ class Worker:
                 self._commands.put(self._early.pop(self._next))
                 self._next += 1
 
-    def take(self) -> tuple[list[SampleResult], float, bool]:
-        """Results since the last call, seconds since the loop's last turn, and whether the sampler is loaded."""
+    def take(self, known: State) -> tuple[list[SampleResult], float, State]:
+        """Results since the last call, seconds since the loop's last turn, and the state, which was `known`."""
         with self._news:
-            self._news.wait_for(lambda: self._results or self._error is not None, timeout=TAKE_S)
+            self._news.wait_for(
+                lambda: self._results or self._error is not None or self._state != known, timeout=TAKE_S
+            )
             if self._error is not None:
                 raise self._error
             results, self._results = self._results, []
-        return results, time.monotonic() - self._beat, self._ready
+        return results, time.monotonic() - self._beat, self._state
 
     def close(self) -> None:
         """End what a killed process would leave behind: an engine's processes and its files."""
@@ -92,8 +104,6 @@ class Worker:
 
     def process(self) -> int:
         """The operating system's number of this process."""
-        import os
-
         return os.getpid()
 
     def _run(self) -> None:
@@ -107,7 +117,7 @@ class Worker:
     def _serve(self) -> None:
         sampler = self._sampler = build_sampler(self._config, self._path, self._live)
         drain = not self._config.asynchrony.in_flight_weight_updates
-        self._ready = True
+        self._enter(AWAKE, 0)
         while True:
             self._live()
             try:
@@ -119,6 +129,12 @@ class Worker:
                 sampler.submit(value)
             elif kind == "cancel":
                 sampler.cancel(value)
+            elif kind == "sleep":
+                sampler.sleep()
+                self._enter(ASLEEP, value)
+            elif kind == "wake":
+                sampler.wake()
+                self._enter(AWAKE, value)
             else:
                 source, version = value
                 while drain and sampler.pending:  # what was submitted before is finished under the old weights
@@ -137,6 +153,11 @@ class Worker:
             return
         device = torch.device("cuda" if meeting.backend == "nccl" else "cpu")
         sampler.update_weights(Incoming(self._receivers, meeting, door, device), version)
+
+    def _enter(self, name: str, turn: int) -> None:
+        with self._news:
+            self._state = (name, turn)
+            self._news.notify_all()
 
     def _live(self) -> None:
         self._beat = time.monotonic()
@@ -166,6 +187,7 @@ def build_sampler(config: Config, path: str, alive: Callable[[], None]) -> Sampl
             threads=asynchrony.sampler_threads,
             seed=config.seed,
             alive=alive,
+            sleeps=config.cluster.colocate,
         )
     from cispo.sampling.local import LocalSampler
 
@@ -183,8 +205,8 @@ def build_sampler(config: Config, path: str, alive: Callable[[], None]) -> Sampl
 class _Seat:
     """One place in the pool: the actor that sits there now, and what it has been given."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = options
+    def __init__(self, options: Mapping[str, Any], devices: Sequence[str] = ()) -> None:
+        self.options, self.devices = options, devices
         self.requests: dict[int, SampleRequest] = {}
         self.sit(None)
 
@@ -195,7 +217,11 @@ class _Seat:
         self.untold: list[SampleRequest] = []  # what it is told then
         self.question: Any = None
         self.heard = time.monotonic()
-        self.ready = False
+        self.state: State = (LOADING, 0)
+
+    @property
+    def ready(self) -> bool:
+        return self.state[0] in (AWAKE, ASLEEP)
 
     @property
     def load(self) -> int:
@@ -205,6 +231,7 @@ class _Seat:
 class RaySamplerPool:
     """A `Sampler`. options: Ray's, of each sampler's actor. reference: the learner's log-probs
     (`probe.learner_logprobs`), asked while the learner is idle, that is during `update_weights`; None: no probes.
+    devices: of each sampler, the GPUs that it shares with learner ranks.
     """
 
     share_weights = False
@@ -215,11 +242,16 @@ class RaySamplerPool:
         path: str | Path,
         options: Sequence[Mapping[str, Any]],
         reference: LearnerLogprobs | None = None,
+        *,
+        devices: Sequence[Sequence[str]] = (),
     ) -> None:
         self.version = 0
         self.parity: Parity | None = None
         """What the newest probe found."""
         self.restarts = 0
+        self.before_waking: Callable[[], None] = lambda: None
+        """For whoever used the devices meanwhile."""
+        self._sleeping, self._turn = False, 0
         self._starts = 0
         self._config, self._path = config, str(path)
         # Enough waits at each sampler that it never runs dry; the rest waits here, for whoever is first.
@@ -244,7 +276,7 @@ class RaySamplerPool:
         dtype = getattr(torch, kind) if kind else getattr(model, "dtype", None) or torch.float32
         self._tolerance = config.vllm.probe_tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         self._actor = ray.remote(concurrency_groups={"commands": 1, "results": 1})(Worker)
-        self._seats = [_Seat(chosen) for chosen in options]
+        self._seats = [_Seat(chosen, *devices[i : i + 1]) for i, chosen in enumerate(options)]
         for seat in self._seats:
             self._start(seat)
 
@@ -278,12 +310,16 @@ class RaySamplerPool:
     def _look(self, timeout_s: float) -> list[SampleResult]:
         """What has come; a sampler that died, or gives no sign of life, is started again."""
         results = []
-        questions = {seat.question: seat for seat in self._seats}
+        questions = {seat.question: seat for seat in self._seats if seat.state[0] != GONE}
+        if not questions:
+            return results
         ray.wait(list(questions), num_returns=1, timeout=timeout_s)
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0)
         for question in answered:
             results += self._answer(questions[question])
-        for seat in self._seats:
+        for seat in questions.values():
+            if seat.state[0] == GONE:
+                continue
             limit = self._config.cluster.sampler_timeout_s if seat.ready else self._config.cluster.start_timeout_s
             if time.monotonic() - seat.heard > limit:
                 self._restart(seat, f"gave no sign of life for {limit:g} s")
@@ -297,6 +333,7 @@ class RaySamplerPool:
         """
         if weights is None:
             raise RunError("samplers on a cluster have weights of their own: pass learner.weights()")
+        self._wake()
         known = isinstance(weights, StoredWeights | LiveWeights)
         self._weights = weights if known else StoredWeights(put(pack(weights)))
         self.version = version
@@ -304,6 +341,22 @@ class RaySamplerPool:
         self._updates += 1
         if self._reference is not None and due(self._updates, self._config.vllm):
             self.probe()
+
+    def sleep(self) -> None:
+        """Give the devices' memory back, after all that was asked for is done. Returns when every sampler has.
+
+        What is asked for next wakes them. Raises RunError where there were too many deaths.
+        """
+        if self._sleeping:
+            return
+        while self._queue or any(seat.requests for seat in self._seats):
+            self._kept += self._look(WAIT_S)
+            self._hand_out()
+        self._sleeping, self._turn = True, self._turn + 1
+        for seat in self._seats:
+            self._tell(seat, "sleep", self._turn)
+        while any(seat.state not in ((ASLEEP, self._turn), (GONE, self._turn)) for seat in self._seats):
+            self._kept += self._look(WAIT_S)
 
     def probe(self) -> Parity:
         """Let each sampler sample beginnings of recent prompts, and compare its log-probs with the learner's.
@@ -422,11 +475,11 @@ class RaySamplerPool:
 
     def _start(self, seat: _Seat) -> None:
         self._starts += 1
-        seat.sit(self._actor.options(max_restarts=0, **seat.options).remote(self._config, self._path))
+        seat.sit(self._actor.options(max_restarts=0, **seat.options).remote(self._config, self._path, seat.devices))
         self._ask(seat)
 
     def _ask(self, seat: _Seat) -> None:
-        seat.question = seat.actor.take.options(concurrency_group="results").remote()
+        seat.question = seat.actor.take.options(concurrency_group="results").remote(seat.state)
 
     def _tell(self, seat: _Seat, kind: str, value: Any) -> None:
         seat.actor.tell.options(concurrency_group="commands").remote(seat.told, kind, value)
@@ -439,7 +492,19 @@ class RaySamplerPool:
                 return
             self._give(seat, self._queue.popleft())
 
+    def _wake(self) -> None:
+        if not self._sleeping:
+            return
+        self.before_waking()
+        self._sleeping = False
+        for seat in self._seats:
+            if seat.state[0] == GONE:
+                self._start_with_weights(seat)
+            else:
+                self._tell(seat, "wake", self._turn)
+
     def _give(self, seat: _Seat, request: SampleRequest) -> None:
+        self._wake()
         seat.requests[request.request_id] = request
         if seat.waits:
             seat.untold.append(request)
@@ -448,7 +513,7 @@ class RaySamplerPool:
 
     def _answer(self, seat: _Seat) -> list[SampleResult]:
         try:
-            results, silent_s, seat.ready = ray.get(seat.question)
+            results, silent_s, seat.state = ray.get(seat.question)
         except RayActorError as error:
             self._restart(seat, f"died ({str(error).splitlines()[0]})")
             return []
@@ -468,8 +533,15 @@ class RaySamplerPool:
     def _restart(self, seat: _Seat, why: str, *, counted: bool = True) -> None:
         if counted:
             self._count(why)
-        log.warning("a sampler %s and is started again; %d requests are sampled again", why, len(seat.requests))
         ray.kill(seat.actor)
+        if self._sleeping:  # another would take the memory that was given back
+            log.warning("a sampler %s while it slept; another is started when it is needed", why)
+            seat.state = (GONE, self._turn)
+            return
+        log.warning("a sampler %s and is started again; %d requests are sampled again", why, len(seat.requests))
+        self._start_with_weights(seat)
+
+    def _start_with_weights(self, seat: _Seat) -> None:
         self._start(seat)
         if isinstance(self._weights, LiveWeights):
             seat.waits, seat.untold = True, list(seat.requests.values())

@@ -22,40 +22,66 @@ from cispo.types import ConfigError, RunError, Task
 Bundle = dict[str, float]
 
 
-def bundles(config: Config, gpus: float) -> tuple[list[Bundle], list[Bundle], list[Bundle]]:
-    """Resources of each learner rank, sampler and reward worker. gpus: how many the cluster has."""
+@dataclass(frozen=True)
+class Demand:
+    """What a run needs: bundles to reserve, and for each actor the bundle it sits in and what it takes of it."""
+
+    bundles: list[Bundle]
+    ranks: list[tuple[int, Bundle]]
+    samplers: list[tuple[int, Bundle]]
+    rewards: list[tuple[int, Bundle]]
+
+    @property
+    def total(self) -> Bundle:
+        names = {name for bundle in self.bundles for name in bundle}
+        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in sorted(names)}
+
+
+def demand(config: Config, gpus: float) -> Demand:
+    """gpus: how many the cluster has."""
     cluster = config.cluster
     tensor_parallel = config.vllm.tensor_parallel if config.asynchrony.sampler == "vllm" else 1
     device = config.model.device
-    wanted = cluster.learner_ranks + cluster.samplers * tensor_parallel
+    wanted = cluster.learner_ranks + (0 if cluster.colocate else cluster.samplers * tensor_parallel)
     use_gpus = device.startswith("cuda") or (device == "auto" and gpus >= wanted)
     learner_gpus = cluster.learner_gpus if cluster.learner_gpus is not None else float(use_gpus)
     sampler_gpus = cluster.sampler_gpus if cluster.sampler_gpus is not None else float(use_gpus * tensor_parallel)
+    rank, reward = _bundle(cluster.learner_cpus, learner_gpus), _bundle(1.0, 0.0)
+    if cluster.colocate:
+        share = cluster.learner_ranks // cluster.samplers
+        # In turns: whichever of the two takes more. Ray would not let an actor have parts of several GPUs, so the
+        # ranks take them, and a sampler is told which they are.
+        together = _bundle(max(share * cluster.learner_cpus, cluster.sampler_cpus), share * learner_gpus)
+        bundles = [together] * cluster.samplers
+        ranks = [(i // share, rank) for i in range(cluster.learner_ranks)]
+        samplers = [(i, {}) for i in range(cluster.samplers)]
+    else:
+        sampler = _bundle(cluster.sampler_cpus, sampler_gpus)
+        bundles = [rank] * cluster.learner_ranks + [sampler] * cluster.samplers
+        ranks = [(i, rank) for i in range(cluster.learner_ranks)]
+        samplers = [(cluster.learner_ranks + i, sampler) for i in range(cluster.samplers)]
+    rewards = [(len(bundles) + i, reward) for i in range(cluster.reward_workers)]
+    return Demand([*bundles, *[reward] * cluster.reward_workers], ranks, samplers, rewards)
 
-    def bundle(cpus: float, gpus: float) -> Bundle:
-        # A placement group refuses an empty bundle.
-        return {"CPU": max(cpus, 0.001)} | ({"GPU": gpus} if gpus else {})
 
-    return (
-        [bundle(cluster.learner_cpus, learner_gpus)] * cluster.learner_ranks,
-        [bundle(cluster.sampler_cpus, sampler_gpus)] * cluster.samplers,
-        [bundle(1.0, 0.0)] * cluster.reward_workers,
-    )
+def _bundle(cpus: float, gpus: float) -> Bundle:
+    # A placement group refuses an empty bundle.
+    return {"CPU": max(cpus, 0.001)} | ({"GPU": gpus} if gpus else {})
 
 
 @dataclass
 class Place:
-    """The resources of a run. `options(i)` puts an actor into the i-th bundle."""
+    """The resources of a run. `options(seat)` puts an actor into its bundle."""
 
-    group: PlacementGroup
-    bundles: list[Bundle]
+    group: PlacementGroup | None
+    demand: Demand
     ours: bool  # this run started Ray, and ends it
 
-    def options(self, index: int) -> dict[str, Any]:
-        bundle = self.bundles[index]
+    def options(self, seat: tuple[int, Bundle]) -> dict[str, Any]:
+        index, takes = seat
         return {
-            "num_cpus": bundle["CPU"],
-            "num_gpus": bundle.get("GPU", 0),
+            "num_cpus": takes.get("CPU", 0),
+            "num_gpus": takes.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
         }
 
@@ -73,8 +99,8 @@ def place(config: Config) -> Place:
     if not ray.is_initialized():
         _init(config, ours)
     have = ray.cluster_resources()
-    wanted = [bundle for kind in bundles(config, have.get("GPU", 0.0)) for bundle in kind]
-    total = _total(wanted)
+    wanted = demand(config, have.get("GPU", 0.0))
+    total = wanted.total
     missing = {name: amount - have.get(name, 0.0) for name, amount in total.items() if have.get(name, 0.0) < amount}
     if missing:
         place_ = Place(None, wanted, ours)
@@ -85,7 +111,7 @@ def place(config: Config) -> Place:
             f"reward workers need {_words(total)}; the cluster has {_words({n: have.get(n, 0.0) for n in total})}, so "
             f"{_words(missing)} is missing. Use fewer ranks or samplers, or lower cluster.*_cpus and cluster.*_gpus"
         )
-    group = placement_group(wanted, strategy=cluster.placement)
+    group = placement_group(wanted.bundles, strategy=cluster.placement)
     if not group.wait(cluster.start_timeout_s):
         free = ray.available_resources()
         remove_placement_group(group)
@@ -97,38 +123,47 @@ def place(config: Config) -> Place:
     return Place(group, wanted, ours)
 
 
-def with_transfer(config: Config, learner: Bundle, sampler: Bundle) -> Config:
+def with_transfer(config: Config, wanted: Demand) -> Config:
     """The config with its `weight_transfer` chosen. Raises ConfigError for a broadcast that has no common network."""
-    gpus = [bool(bundle.get("GPU")) for bundle in (learner, sampler)]
-    chosen = config.cluster.weight_transfer or ("broadcast" if all(gpus) else "object_store")
+    cluster = config.cluster
+    gpus = [bool(seat[1].get("GPU")) for seat in (wanted.ranks[0], wanted.samplers[0])]
+    chosen = cluster.weight_transfer or ("broadcast" if all(gpus) and not cluster.colocate else "object_store")
     if chosen == "broadcast" and gpus[0] != gpus[1]:
         have, lack = ("learner ranks", "samplers") if gpus[0] else ("samplers", "learner ranks")
         raise ConfigError(
             f"cluster.weight_transfer: broadcast, but the {have} have GPUs and the {lack} have none, so NCCL does not "
             "reach them; use weight_transfer: object_store"
         )
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"weight_transfer": chosen})})
+    return config.model_copy(update={"cluster": cluster.model_copy(update={"weight_transfer": chosen})})
 
 
 def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
     from cispo.cluster.learners import RayLearnerGroup
     from cispo.cluster.rewards import ScoredElsewhere
     from cispo.cluster.samplers import RaySamplerPool
+    from cispo.cluster.turns import LearnerInTurn
     from cispo.sampling.probe import learner_logprobs
 
     cluster = config.cluster
     where = place(config)
+    ranks, seats, workers = (
+        [where.options(seat) for seat in kind]
+        for kind in (where.demand.ranks, where.demand.samplers, where.demand.rewards)
+    )
     try:
-        ranks = [where.options(i) for i in range(cluster.learner_ranks)]
-        first = cluster.learner_ranks
-        config = with_transfer(config, where.bundles[0], where.bundles[first])
-        learner = RayLearnerGroup(config, path, ranks)
-        seats = [where.options(first + i) for i in range(cluster.samplers)]
-        sampler = RaySamplerPool(config, path, seats, learner_logprobs(learner))
-        first += cluster.samplers
-        workers = [where.options(first + i) for i in range(cluster.reward_workers)]
+        config = with_transfer(config, where.demand)
+        group = RayLearnerGroup(config, path, ranks)
+        devices = []
+        if cluster.colocate:
+            share, given = cluster.learner_ranks // cluster.samplers, group.devices()
+            devices = [sum(given[i : i + share], []) for i in range(0, len(given), share)]
+        learner = LearnerInTurn(group) if cluster.colocate else group
+        sampler = RaySamplerPool(config, path, seats, learner_logprobs(learner), devices=devices)
+        if cluster.colocate:
+            learner.samplers = sampler
+            sampler.before_waking = group.rest
         scored = ScoredElsewhere(task, workers, timeout_s=cluster.reward_timeout_s) if workers else task
-        learner.wait_until_ready()
+        group.wait_until_ready()
         sampler.wait_until_ready()
         if config.vllm.probe_updates:
             sampler.probe()  # before the first rollout: both have read the same folder
@@ -137,7 +172,7 @@ def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
         raise
 
     def close() -> None:
-        learner.close()
+        group.close()
         sampler.close()
         if scored is not task:
             scored.close()
@@ -149,8 +184,7 @@ def compose_ray(config: Config, path: str | Path, task: Task) -> Parts:
 def _init(config: Config, ours: bool) -> None:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "WARNING"}
     if ours:
-        needed = _total([b for kind in bundles(config, 0.0) for b in kind])["CPU"]
-        options["num_cpus"] = max(os.cpu_count() or 1, math.ceil(needed))
+        options["num_cpus"] = max(os.cpu_count() or 1, math.ceil(demand(config, 0.0).total["CPU"]))
     try:
         ray.init(address="local" if ours else config.cluster.address, **({} if not ours else options))
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -158,11 +192,6 @@ def _init(config: Config, ours: bool) -> None:
             f"cluster.address: {config.cluster.address}: no Ray cluster answers there ({error}); start one with "
             "`ray start --head`, or leave the address out"
         ) from error
-
-
-def _total(wanted: list[Bundle]) -> Bundle:
-    names = {name for bundle in wanted for name in bundle}
-    return {name: sum(bundle.get(name, 0.0) for bundle in wanted) for name in sorted(names)}
 
 
 def _words(resources: Bundle) -> str:
