@@ -100,3 +100,40 @@ def test_more_gpus_are_not_slower_and_the_division_is_the_quickest():
 def test_a_cluster_larger_than_the_gpus_is_refused():
     with pytest.raises(ConfigError, match="need 24 GPUs, and --gpus is 16"):
         plan.make_plan(configs.load(RECIPES[0]), options(gpus=16))
+
+
+def in_turn(**changes):
+    layout = {"colocate": True, "learner_ranks": 8, "samplers": 8, "kind": "ray"}
+    sections = {"cluster": layout, "asynchrony": {"max_staleness": 0}} | changes
+    raw = configs.load(RECIPES[1]).model_dump(mode="python", by_alias=True)
+    for name, fields in sections.items():
+        name = {"asynchrony": "async"}.get(name, name)
+        raw[name] = {**raw[name], **fields}
+    return configs.validate(raw)
+
+
+def test_learner_and_engines_in_turn_need_one_set_of_gpus_with_room_for_what_stays():
+    config = in_turn(vllm={"gpu_memory_utilization": 0.8})
+    found = plan.make_plan(config, options(RECIPES[1], gpus=8))
+    weights = found.shape.weights
+    assert plan.resident(found.learner) == pytest.approx(12 * weights / 8 + 1.5 * 2**30)  # no gradients, no activations
+    assert found.turns_s == pytest.approx(2 * 2 * weights / 20e9)
+    assert found.step_s == pytest.approx(
+        max(found.sample_s, found.tail_s) + found.train_s + found.transfer_s + found.turns_s
+    )
+    with pytest.raises(ConfigError, match="vllm.gpu_memory_utilization: 0.84 makes both fit"):
+        plan.make_plan(in_turn(), options(RECIPES[1], gpus=8))
+    with pytest.raises(ConfigError, match="learner_ranks: 8, each on a GPU, and --gpus is 4"):
+        plan.make_plan(config, options(RECIPES[1], gpus=4))
+
+
+def test_a_broadcast_does_not_grow_with_the_engines_and_the_object_store_does():
+    config = configs.load(RECIPES[1])
+    shape = plan.shape_of(config, None)
+
+    def transfer(transfer, engines):
+        changed = plan.configs_with(config, cluster={"weight_transfer": transfer})
+        return plan.estimate(changed, shape, options(RECIPES[1], gpus=1024), 64, engines).transfer_s
+
+    assert transfer("broadcast", 16) == transfer("broadcast", 512) < transfer("object_store", 16)
+    assert transfer("object_store", 512) > 10 * transfer("object_store", 16)

@@ -25,6 +25,8 @@ from cispo.config import Config
 from cispo.types import ConfigError
 
 GIB = 2**30
+CONTEXT = 1.5 * GIB
+"""What CUDA and NCCL take of a GPU for each process, whatever the process does."""
 HEAD_WORKSPACE = 0.25 * GIB
 """What a call of the fused head may use (its `memory_budget`)."""
 
@@ -235,7 +237,13 @@ class Plan:
     rounds: int
     weight_bytes: float
     transfer_s: float
+    turns_s: float  # to sleep and to wake, where learner and engines share GPUs
     step_s: float
+
+
+def by_broadcast(config: Config) -> bool:
+    """As the cluster chooses where all have GPUs."""
+    return config.cluster.weight_transfer != "object_store" and not config.cluster.colocate
 
 
 def mean_tokens(config: Config, options: PlanOptions) -> float:
@@ -281,13 +289,19 @@ def estimate(config: Config, shape: Shape, options: PlanOptions, ranks: int, eng
 
     weight_bytes = 2.0 * shape.weights
     nodes = math.ceil(engines * parallel / options.gpus_per_node)
-    transfer_s = weight_bytes / (options.host_bandwidth * 1e9) * (2 + nodes) + weight_bytes / (
-        options.link_bandwidth * 1e9
-    )
+    if by_broadcast(config):  # gathered on one rank, then a pipeline through all engines, a node's network at a time
+        between = options.link_bandwidth if options.gpus <= options.gpus_per_node else options.node_bandwidth
+        transfer_s = weight_bytes * (1 / options.link_bandwidth + 1 / between) / 1e9
+    else:
+        transfer_s = weight_bytes / (options.host_bandwidth * 1e9) * (2 + nodes) + weight_bytes / (
+            options.link_bandwidth * 1e9
+        )
     if config.asynchrony.max_staleness:
         step_s = max(sample_s, train_s) + (0 if config.asynchrony.in_flight_weight_updates else transfer_s)
     else:
         step_s = max(sample_s, tail_s) + train_s + transfer_s
+    turns_s = 2 * weights / (options.host_bandwidth * 1e9) if config.cluster.colocate else 0.0
+    step_s += turns_s
     return Plan(
         shape=shape,
         ranks=ranks,
@@ -302,6 +316,7 @@ def estimate(config: Config, shape: Shape, options: PlanOptions, ranks: int, eng
         rounds=rounds,
         weight_bytes=weight_bytes,
         transfer_s=transfer_s,
+        turns_s=turns_s,
         step_s=step_s,
     )
 
@@ -320,7 +335,12 @@ def make_plan(config: Config, options: PlanOptions) -> Plan:
     parallel = config.vllm.tensor_parallel
     if config.cluster.kind == "ray":
         ranks, engines = config.cluster.learner_ranks, config.cluster.samplers
-        if ranks + engines * parallel > options.gpus:
+        if config.cluster.colocate:
+            if ranks > options.gpus:
+                raise ConfigError(
+                    f"cluster.learner_ranks: {ranks}, each on a GPU, and --gpus is {options.gpus}; lower learner_ranks"
+                )
+        elif ranks + engines * parallel > options.gpus:
             raise ConfigError(
                 f"cluster: {ranks} learner ranks and {engines} samplers of {parallel} GPUs need "
                 f"{ranks + engines * parallel} GPUs, and --gpus is {options.gpus}; lower cluster.learner_ranks or "
@@ -338,11 +358,27 @@ def make_plan(config: Config, options: PlanOptions) -> Plan:
     return min(fitting, key=lambda plan: plan.step_s)
 
 
+def resident(memory: dict[str, float]) -> float:
+    """Bytes that a rank of `learner_memory` keeps while it does nothing: weights, optimizer, and what CUDA takes."""
+    kept = ("weights", "optimizer", "reference")
+    return sum(size for name, size in memory.items() if name.startswith(kept)) + CONTEXT
+
+
 def problems(config: Config, shape: Shape, options: PlanOptions, plan: Plan) -> list[str]:
     """What does not fit, each with what would make it fit."""
     found = []
     limit = options.gpu_memory * GIB
     total = sum(plan.learner.values())
+    if config.cluster.colocate:
+        total += CONTEXT  # of the engine that sleeps there
+        free = 1 - resident(plan.learner) / limit
+        if config.vllm.gpu_memory_utilization > free:
+            taken = f"vllm.gpu_memory_utilization: {config.vllm.gpu_memory_utilization:g}"
+            found.append(
+                f"a learner rank keeps {resident(plan.learner) / GIB:.1f} GiB of {options.gpu_memory:g} while the "
+                f"engine beside it samples, and {taken} leaves it less; "
+                f"{colocation_remedy(config, shape, options, plan, free)}"
+            )
     if total > limit:
         largest = max(plan.learner, key=plan.learner.__getitem__)
         found.append(
@@ -389,6 +425,16 @@ def learner_remedy(config: Config, shape: Shape, ranks: int, limit: float) -> st
     )
 
 
+def colocation_remedy(config: Config, shape: Shape, options: PlanOptions, plan: Plan, free: float) -> str:
+    lower = math.floor(100 * free) / 100
+    if lower > 0:
+        changed = configs_with(config, vllm={"gpu_memory_utilization": lower})
+        length = options.prompt_tokens + mean_tokens(config, options)
+        if engine_memory(changed, shape, options.gpu_memory, length)[1] >= 1:
+            return f"vllm.gpu_memory_utilization: {lower:g} makes both fit"
+    return f"more learner ranks than {plan.ranks} (cluster.learner_ranks), or cluster.colocate: false"
+
+
 def engine_remedy(config: Config, shape: Shape, options: PlanOptions) -> str:
     for parallel in (2, 4, 8, 16, 32):
         if parallel <= config.vllm.tensor_parallel:
@@ -418,7 +464,8 @@ def assumptions(config: Config, options: PlanOptions) -> list[str]:
         f"{options.gpus_per_node} GPUs in a node; {options.link_bandwidth:g} GB/s within it, "
         f"{options.node_bandwidth:g} between nodes (both per GPU), {options.host_bandwidth:g} to and between hosts",
         "FSDP gathers all weights twice a micro-batch and reduces in float32 once, beside the computation",
-        "rewards take no longer than sampling; weights travel over the hosts (object store), one node after another",
+        "rewards take no longer than sampling; weights travel "
+        + ("by broadcast" if by_broadcast(config) else "over the hosts (object store), one node after another"),
     ]
 
 
@@ -428,11 +475,14 @@ def lines(config: Config, options: PlanOptions, plan: Plan) -> Iterator[str]:
         f"model       {shape.weights / 1e9:.2f} B weights, {shape.active / 1e9:.2f} B of them in a token's products; "
         f"head {shape.V} × {shape.D}{', tied' if shape.tied else ''}"
     )
-    yield f"GPUs        {plan.ranks} learner ranks, {plan.engines} engines of {config.vllm.tensor_parallel}"
+    shared = ", in turns on the same GPUs" if config.cluster.colocate else ""
+    yield f"GPUs        {plan.ranks} learner ranks, {plan.engines} engines of {config.vllm.tensor_parallel}{shared}"
     yield f"\nlearner, GiB on each of {plan.ranks} ranks"
     for name, bytes_ in plan.learner.items():
         yield f"  {bytes_ / GIB:8.2f}  {name}"
     yield f"  {sum(plan.learner.values()) / GIB:8.2f}  of {options.gpu_memory:g}"
+    if config.cluster.colocate:
+        yield f"  {resident(plan.learner) / GIB:8.2f}  of that while the engine samples"
     yield "\nengine, GiB on each GPU"
     yield f"  {plan.engine_weights / GIB:8.2f}  weights"
     yield f"  {config.vllm.gpu_memory_utilization * options.gpu_memory:8.2f}  taken (vllm.gpu_memory_utilization)"
@@ -445,6 +495,8 @@ def lines(config: Config, options: PlanOptions, plan: Plan) -> Iterator[str]:
         f"alone takes {plan.exchange_s:.1f} s)"
     )
     yield f"  {plan.transfer_s:8.1f}  s for {plan.weight_bytes / GIB:.1f} GiB of weights to reach all engines"
+    if plan.turns_s:
+        yield f"  {plan.turns_s:8.1f}  s for the engines to sleep and to wake (their weights go to the host and back)"
     how = f"at most {config.asynchrony.max_staleness} stale" if config.asynchrony.max_staleness else "synchronous"
     yield f"  {plan.step_s:8.1f}  s in all ({how})"
     late, early = ("sampling", "training") if plan.sample_s > plan.train_s else ("training", "sampling")
