@@ -73,6 +73,14 @@ def test_the_default_run_discovers_thinking(base_folder, tmp_path):
     # On-policy at the first update of a step: sampler and trainer agree (fp32).
     assert all(r["kl/sampler_max_abs"] <= 1e-4 for r in records[1:] if "kl/sampler_max_abs" in r)
     assert records[2]["ratio/last_update_max"] > records[2]["ratio/first_update_max"]
+    # Synchronous: while the learner worked on the step before, the sampler had nothing to do.
+    for before, record in zip(records[1:], records[2:], strict=False):
+        worked = before["time/train_s"] + before["time/optim_s"]
+        assert (
+            worked
+            <= record["time/sampler_idle_s"]
+            <= before["time/step_s"] + record["time/step_s"] + before.get("time/eval_s", 0)
+        )
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run_dir"] == str(run_dir)
 
 

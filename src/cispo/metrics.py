@@ -30,6 +30,7 @@ NAMES: dict[str, str] = {
     "time/step_s": "wall seconds of the step",
     "time/sample_s": "of these, sampling (with asynchronous rollouts: waiting for them)",
     "time/reward_s": "of these, waiting for reward functions",
+    "time/sampler_idle_s": "since the step before was taken, in which the sampler had nothing to do",
     "time/forward_s": "of these, log-probs under other policies (proximal, reference)",
     "time/train_s": "of these, forward and backward",
     "time/optim_s": "of these, optimizer steps and weight publication",

@@ -176,6 +176,7 @@ class StepCounts:
     resampled: int = 0
     stragglers: int = 0
     reward_s: float = 0.0
+    sampler_idle_s: float = 0.0
 
 
 class Rollouts:
@@ -201,6 +202,7 @@ class Rollouts:
         self.buffer = buffer
         self.cursor = cursor
         self.counts = StepCounts()
+        self._idle_since: float | None = None
         self.open: dict[int, tuple[Prompt, int]] = {}
         self._started: dict[int, float] = {}
         self._eager = asynchrony.max_staleness > 0
@@ -215,6 +217,7 @@ class Rollouts:
         wait: without it, only what has already finished is collected. Returns whether completions or rewards came:
         admitting and giving up groups is no progress, since both can go on for ever.
         """
+        self._end_idling()
         while self.buffer.admissible(version) > 0:
             prompt = self.cursor.next()
             self.admit(self.buffer.admit(version), prompt, version)
@@ -226,9 +229,17 @@ class Rollouts:
             self._keep(self._scoring.pop(number).result())
             moved = True
         self._drop_stragglers()
+        # One that decodes in this process does so in `poll` only; another is looked at here, between two updates.
+        idle = self._sampler.share_weights or not self._sampler.pending
+        self._idle_since = time.monotonic() if idle else None
         if wait and not moved and not self._sampler.pending and self._scoring:
             moved = self._wait_for_rewards()
         return moved
+
+    def _end_idling(self) -> None:
+        if self._idle_since is not None:
+            self.counts.sampler_idle_s += time.monotonic() - self._idle_since
+        self._idle_since = None
 
     def _scored(self, wait: bool) -> list[int]:
         """Groups whose scores are to be collected now, in order of admission.
@@ -356,6 +367,7 @@ class Rollouts:
 
         Raises RunError when the sampler, and then the reward functions, have handed over nothing for `watchdog_s`.
         """
+        self._end_idling()
         first = -len(prompts)  # negative ids are evaluation's, so that they cannot meet admission numbers
         for i, prompt in enumerate(prompts):
             request = SampleRequest(first + i, prompt.tokens, samples, replace(params, seed=request_seed(seed, i)))

@@ -351,6 +351,7 @@ class Trainer:
             "updates": self.updates,
             **{f"time/{name}_s": seconds.get(name, 0.0) for name in ("sample", "forward", "train", "optim")},
             "time/reward_s": counts.reward_s,
+            "time/sampler_idle_s": counts.sampler_idle_s,
             "tokens/sampled": sampled,
             "tokens/trained": sum(int(u.output.evaluated_T.sum()) for u in updates),
             "tokens/total": self.total_tokens,

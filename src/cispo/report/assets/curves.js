@@ -134,7 +134,9 @@ function time(data) {
     parts[0].seconds = Math.max(0, parts[0].seconds - parts[1].seconds);
     if (recipe.runs.some((r) => asynchronous(data.runs[r]))) parts[0].label = "waiting for rollouts";
     parts.push({ label: "the rest: metrics, writing", seconds: Math.max(0, whole - parts.reduce((a, p) => a + p.seconds, 0)), color: line(5) });
-    box.append(h("p", { class: "muted" }, `${data.recipes.length > 1 ? recipe.label + ": " : ""}${duration(whole)}${recipe.runs.length > 1 ? " on average" : ""}, and ${duration(sum("time/eval_s"))} of evaluation`));
+    const measured = recipe.runs.every((r) => data.runs[r].lines.some((l) => l["time/sampler_idle_s"] !== undefined));
+    const idle = measured ? `; the sampler had nothing to do for ${percent(sum("time/sampler_idle_s") / whole)} of it` : "";
+    box.append(h("p", { class: "muted" }, `${data.recipes.length > 1 ? recipe.label + ": " : ""}${duration(whole)}${recipe.runs.length > 1 ? " on average" : ""}, and ${duration(sum("time/eval_s"))} of evaluation${idle}`));
     box.append(h("div", { class: "stack", "aria-hidden": "true" }, ...parts.map((p) => h("span", { style: `flex:${p.seconds / whole};background:${p.color}`, title: `${p.label}: ${percent(p.seconds / whole)}` }))));
     box.append(h("div", { class: "bars" }, ...parts.filter((p) => p.seconds > 0.0005 * whole).map((p) => bar(p.label, p.seconds / whole, p.color, duration(p.seconds)))));
   });
