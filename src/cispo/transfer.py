@@ -20,6 +20,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -178,9 +179,29 @@ class _Group:
         timeout = datetime.timedelta(seconds=meeting.timeout_s)
         if meeting.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            return dist.ProcessGroupNCCL(store, self.rank, meeting.size, options)
+            options._timeout, options.group_name = timeout, f"weights-{meeting.number}"
+            with _blocking_waits():
+                return dist.ProcessGroupNCCL(store, self.rank, meeting.size, options)
         return dist.ProcessGroupGloo(store, self.rank, meeting.size, timeout)
+
+
+@contextlib.contextmanager
+def _blocking_waits() -> Iterator[None]:
+    """For NCCL groups made meanwhile: a member that is gone raises an error in `wait`.
+
+    By default `wait` only queues, and torch ends the whole process after the timeout. Not run by our tests, which have
+    no GPU.
+    """
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class Sender:
