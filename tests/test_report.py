@@ -5,6 +5,7 @@ The browser tests drive Debian's `chromium` through Selenium and skip with a rea
     python -m pytest tests/test_report.py
 """
 
+import contextlib
 import json
 import math
 import re
@@ -24,7 +25,7 @@ import cispo
 from cispo import config as configs
 from cispo import objectives
 from cispo.report.page import ReportOptions, embed, page_data, report, write_page
-from cispo.report.runs import Tail, find_runs, read_run, recipes
+from cispo.report.runs import Tail, find_runs, new_runs, read_run, recipes
 from cispo.report.tokens import PPO, ForkCounter, choose_steps, encode_step, pusher, read_lines, silenced, spread
 from cispo.report.tui import picture, sparkline
 from cispo.report.watch import Cursor, Hub, WatchOptions, make_app, watch
@@ -291,23 +292,30 @@ def test_the_hub_sends_what_is_new_and_only_that(tmp_path):
     assert hub.step(0, 99) is None and hub.step(7, 1) is None and len(hub.step(0, 1)["groups"]) == 4
 
 
-@pytest.fixture
-def served(tmp_path):
-    """A run that is being watched over a real socket; gives (url, folder)."""
+@contextlib.contextmanager
+def serving_hub(hub):
+    """The hub's page over a real socket; gives its address."""
     uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra server)")
     pytest.importorskip("starlette", reason="starlette is not installed (extra server)")
-    folder = write_run(tmp_path / "r")
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()  # what connects before the server is up waits
-    app = make_app(Hub([read_run(folder)]), every=0.05)
+    app = make_app(hub, every=0.05)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/", folder
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
     server.should_exit = True
     thread.join(10)
     listening.close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A run that is being watched; gives (url, folder)."""
+    folder = write_run(tmp_path / "r")
+    with serving_hub(Hub([read_run(folder)])) as url:
+        yield url, folder
 
 
 def test_the_live_page_serves_steps_and_events_to_loopback_only(served):
@@ -328,6 +336,21 @@ def test_the_live_page_serves_steps_and_events_to_loopback_only(served):
             file.write('{"step": 5, "reward/mean": 1.0}\n')
         assert events.readline() == b"event: run\n"
         assert json.loads(events.readline()[6:])["lines"] == [{"step": 5, "reward/mean": 1.0}]
+
+
+def test_a_run_that_begins_in_a_watched_folder_joins_and_the_page_is_told(tmp_path):
+    write_run(tmp_path / "runs" / "a")
+    paths = [tmp_path / "runs"]
+    hub = Hub(find_runs(paths), lambda known: new_runs(paths, known))
+    cursor = hub.cursor(0)
+    hub.refresh()
+    assert [run.name for run in hub.runs] == ["a"] and hub.news(0, cursor)
+    write_run(tmp_path / "runs" / "0")  # sorts before, and comes after: what pages have numbered stays
+    hub.refresh()
+    assert [run.name for run in hub.runs] == ["a", "0"] and hub.news(0, cursor) is None
+    hub.refresh()
+    assert len(hub.runs) == 2 and len(hub.news(1, hub.cursor(1))["lines"]) == 5
+    assert hub.step(1, 2)["groups"]
 
 
 def test_watch_names_what_is_wrong(tmp_path):
@@ -625,6 +648,17 @@ def test_the_live_page_grows_with_the_run(browser, served):
         "'Reward in training').chart.data()[0].length === 5",
     )
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
+
+
+def test_the_live_page_takes_in_a_run_that_begins(browser, tmp_path):
+    write_run(tmp_path / "a")
+    hub = Hub(find_runs([tmp_path]), lambda known: new_runs([tmp_path], known))
+    with serving_hub(hub) as url:
+        show(browser, url)
+        assert browser.execute_script("return document.querySelector('h1').textContent") == "a"
+        write_run(tmp_path / "b")
+        wait(browser, "return document.querySelector('h1')?.textContent === '2 runs'")
+        wait(browser, "return document.documentElement.dataset.ready === 'true'")
 
 
 @pytest.mark.slow

@@ -159,11 +159,17 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     """
     if not paths:
         raise DataError("no run is named; give the folder that `cispo train` printed, or a folder of runs")
+    return new_runs(paths, [])
+
+
+def new_runs(paths: Sequence[Path], known: Sequence[Run]) -> list[Run]:
+    """Those at `paths` that are not among the known ones, as by `find_runs`: runs that began since."""
+    folders = {run.folder for run in known}
     found = []
     for path in paths:
         inner = [] if is_run(path) else _inside(path) or _inside(path / "runs")
-        found += [read_run(p) for p in inner] if inner else [read_run(path)]
-    names = [run.name for run in found]
+        found += [read_run(p) for p in inner or [path] if p not in folders]
+    names = [run.name for run in (*known, *found)]
     for run in found:  # two runs of one name are told apart by their parents
         if names.count(run.name) > 1:
             run.name = f"{run.folder.resolve().parent.name}/{run.name}"

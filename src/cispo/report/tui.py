@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rich.console import Console, Group
@@ -41,8 +41,15 @@ ROWS = (
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def draw(runs: Sequence[Run], *, every: float = 1.0, console: Console | None = None) -> int:
-    """Draw until all runs are finished, or Ctrl-C."""
+def draw(
+    runs: Sequence[Run],
+    *,
+    every: float = 1.0,
+    console: Console | None = None,
+    begun: Callable[[Sequence[Run]], Sequence[Run]] = lambda known: (),
+) -> int:
+    """Draw until all runs are finished, or Ctrl-C. begun: from the known runs to those that have begun since."""
+    runs = list(runs)
     console = console or Console()
     if not console.is_terminal:
         console.print(picture(runs))
@@ -52,7 +59,9 @@ def draw(runs: Sequence[Run], *, every: float = 1.0, console: Console | None = N
             while not all(_finished(run) for run in runs):
                 time.sleep(every)
                 news = [run.refresh() for run in runs]
-                if any(news):
+                more = begun(runs)
+                runs += more
+                if any(news) or more:
                     live.update(picture(runs))
     except KeyboardInterrupt:
         return 0

@@ -1,6 +1,7 @@
 """`cispo watch`: the report's page live, on loopback, updating as the run goes.
 
-Three routes: the page, one step's tokens on demand, and server-sent events. `Hub` reads the run folders:
+Three routes: the page, one step's tokens on demand, and server-sent events. A run that begins in a watched folder joins
+the page, which is loaded again for it. `Hub` reads the run folders:
 each byte of metrics.jsonl once, and each rollout file once, after the step's metrics have been written (the trainer
 writes rollouts first, so the file is then whole). Left out on purpose: listening anywhere but on loopback (use ssh -L,
 or `--tui`), and everything the page does (`assets/`).
@@ -15,7 +16,7 @@ import logging
 import socket
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import tyro
 from rich.console import Console
 
 from cispo.report.page import COUNTED_STEPS, READ_BYTES, TOKEN_BUDGET, embed, objective, page_data, render
-from cispo.report.runs import Run, find_runs
+from cispo.report.runs import Run, find_runs, new_runs
 from cispo.report.tokens import ForkCounter, choose_steps, encode_step, read_lines
 from cispo.types import ConfigError
 
@@ -59,17 +60,21 @@ def watch(options: WatchOptions) -> int:
     if not options.every > 0:
         raise ConfigError(f"every: {options.every:g} is not a time in seconds; use 1")
     runs = find_runs(options.runs)
+
+    def begun(known: Sequence[Run]) -> list[Run]:
+        return new_runs(options.runs, known)
+
     if options.tui:
         from cispo.report.tui import draw
 
-        return draw(runs, every=options.every)
+        return draw(runs, every=options.every, begun=begun)
     try:
         import uvicorn
     except ImportError as error:
         raise ConfigError(
             f"watch: {error.name} is not installed; run pip install 'cispo[server]', or use --tui"
         ) from None
-    app = make_app(Hub(runs), every=options.every)
+    app = make_app(Hub(runs, begun), every=options.every)
     listening = _listen(options.port)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     Console().print(f"watching {', '.join(run.name for run in runs)} at {url} (Ctrl-C ends)", soft_wrap=True)
@@ -110,12 +115,20 @@ class _Watched:
 
 
 class Hub:
-    """The runs as read so far. `refresh` reads what is new; not for two threads at once."""
+    """The runs as read so far. `refresh` reads what is new; not for two threads at once.
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs = list(runs)
-        self._watched = [_Watched(run, ForkCounter(objective(run))) for run in runs]
-        self._looked = 0.0
+    begun: from the runs that are known to those that have begun since, which come after them.
+    """
+
+    def __init__(self, runs: Sequence[Run], begun: Callable[[Sequence[Run]], Sequence[Run]] = lambda known: ()) -> None:
+        self.runs: list[Run] = []
+        self._watched: list[_Watched] = []
+        self._begun, self._looked = begun, 0.0
+        self._add(runs)
+
+    def _add(self, runs: Sequence[Run]) -> None:
+        self.runs += runs
+        self._watched += [_Watched(run, ForkCounter(objective(run))) for run in runs]
 
     def refresh(self, *, at_most_every: float = 0.0) -> None:
         """Read what is new, unless the last look was less than `at_most_every` seconds ago."""
@@ -127,6 +140,7 @@ class Hub:
                 watched.restarts += 1
                 watched.counter, watched.counted = ForkCounter(objective(watched.run)), set()
             self._count(watched)
+        self._add(self._begun(self.runs))  # whoever asks next reads their files
         self._looked = time.monotonic()
 
     def _count(self, watched: _Watched) -> None:
@@ -225,6 +239,9 @@ def make_app(hub: Hub, *, every: float = 1.0) -> Starlette:
         quiet = 0.0
         while not await request.is_disconnected():
             await refresh(every)
+            if len(hub.runs) > len(cursors):  # the page is laid out for the runs that it was made with
+                yield "event: reload\ndata: {}\n\n"
+                return
             found = [news for i, cursor in enumerate(cursors) if (news := hub.news(i, cursor))]
             for news in found:
                 yield f"event: run\ndata: {embed(news)}\n\n"

@@ -105,6 +105,10 @@ export function follow(data, changed, status) {
     if (news.forks) run.forks = news.forks;
     changed();
   });
+  source.addEventListener("reload", () => {
+    source.close();
+    window.location.reload();
+  });
   source.onopen = () => status("live");
   source.onerror = () => status("disconnected; trying again");
 }
