@@ -264,6 +264,7 @@ class Engine:
         if not isinstance(head.work, TrainWork):
             return []
         base, tokens, group = self.runs[head.scope].base, head.work.tokens, []
+        most = min(GROUP_TOKENS, self.settings.micro_batch_tokens)  # halves give sampling no turn in between
         for scope in self._ready:
             other = self._queues[scope][0]
             if (
@@ -273,7 +274,7 @@ class Engine:
                 and not head.replayed
                 and other.work.forward_only == head.work.forward_only
                 and self.runs[scope].base == base
-                and tokens + other.work.tokens <= GROUP_TOKENS
+                and tokens + other.work.tokens <= most
             ):
                 group.append(other)
                 tokens += other.work.tokens

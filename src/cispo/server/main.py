@@ -183,8 +183,9 @@ class _Server(uvicorn.Server):
 
 
 async def _housekeeping(service: Service, server: uvicorn.Server) -> None:
-    """Consumes time; waits for the clock; unblocked by it, or by the end; produces less to keep."""
-    last = time.monotonic()
+    """Consumes time; waits for the clock; unblocked by it, or by the end; produces less to keep, soon after the start
+    and then twice a minute."""
+    last = -COLLECT_SECONDS
     while True:
         await asyncio.sleep(0.5)
         if service.engine.failure is not None:
