@@ -12,12 +12,12 @@ ENGINES_PIP := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-versio
 train: $(VENV)/.installed
 	$(BIN)/cispo train
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-cookbook
 	$(BIN)/ruff check src tests
 	$(BIN)/python -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_head.py -k triton
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-cookbook
 	$(BIN)/python -m pytest -m slow
 
 # Real vLLM engines on CPU cores: 4 GB and minutes, so not part of `make test`.
@@ -43,6 +43,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) --editable '.[test]'
 	@touch $@
+
+# The recipes that run against our server. tinker-cookbook asks for renderers and encryption that not every index has and
+# that these recipes do not import, so it comes last and without its dependencies. Where one of them cannot be had, the
+# tests of the recipes skip with a reason, and the next `make test` tries again.
+COOKBOOK := aiohttp blobfile chz cloudpickle datasets pillow pylatexenc termcolor tiktoken
+
+$(VENV)/.installed-cookbook: $(VENV)/.installed-test
+	@if $(PIP) $(COOKBOOK) && $(PIP) --no-deps tinker-cookbook; then touch $@; \
+	else echo "tinker-cookbook or what it imports cannot be installed: the tests of its recipes will skip"; fi
 
 $(VENV)/.installed-server: $(VENV)/.installed
 	@$(PIP) --editable '.[server]'

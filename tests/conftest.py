@@ -1,6 +1,7 @@
 """Shared fixtures: small real models. Two threads at most, so that runs on one machine are comparable."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CISPO_TEST_GPU", ""))
@@ -37,3 +38,20 @@ def tiny(tiny_folder):
     from cispo import model
 
     return model.load(ModelConfig(), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless chromium, or a skip that says what to install."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()

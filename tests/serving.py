@@ -105,3 +105,32 @@ def serving(state_dir, **options):
         yield server
     finally:
         server.stop()
+
+
+def datums(count, seed, length=12):
+    """Random rows for a loss with advantages."""
+    import torch
+    from tinker import types
+
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        ids = torch.randint(0, 14, (length + 1,), generator=g)
+        out.append(
+            types.Datum(
+                model_input=types.ModelInput.from_ints(ids[:-1].tolist()),
+                loss_fn_inputs={
+                    "target_tokens": types.TensorData.from_torch(ids[1:]),
+                    "logprobs": types.TensorData.from_torch(-2.0 - torch.rand(length, generator=g)),
+                    "advantages": types.TensorData.from_torch(torch.randn(length, generator=g)),
+                },
+            )
+        )
+    return out
+
+
+def client_of(server):
+    """The real SDK's way in."""
+    import tinker
+
+    return tinker.ServiceClient(base_url=server.url, api_key=server.key)

@@ -30,6 +30,7 @@ from cispo.report.tokens import PPO, ForkCounter, choose_steps, encode_step, pus
 from cispo.report.tui import picture, sparkline
 from cispo.report.watch import Cursor, Hub, WatchOptions, make_app, watch
 from cispo.types import ConfigError, DataError
+from tests.browsing import wait
 
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{data}}"
 
@@ -378,22 +379,6 @@ def test_the_terminal_dashboard_draws_once_where_there_is_no_terminal(tmp_path, 
 # ------------------------------------------------------------------------------------------------------- the browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
 def show(browser, url, *, width=1280, height=800):
     """Opens a page, waits until it has drawn, and gives the seconds that took."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -404,14 +389,6 @@ def show(browser, url, *, width=1280, height=800):
         browser, "return document.documentElement.dataset.ready === 'true' && !!document.querySelector('.plot canvas')"
     )
     return time.perf_counter() - start
-
-
-def wait(browser, script, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not (value := browser.execute_script(script)):
-        assert time.monotonic() < deadline, f"still false: {script}\n{browser.get_log('browser')}"
-        browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-    return value
 
 
 def chart_data(browser, title):

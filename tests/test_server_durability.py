@@ -19,29 +19,7 @@ from tinker import types
 
 from cispo.server.store import BlobRow, Corrupted, Store
 from cispo.types import ConfigError
-from tests.serving import Server, serving
-
-
-def datums(count, seed, length=12):
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(count):
-        ids = torch.randint(0, 14, (length + 1,), generator=g)
-        out.append(
-            types.Datum(
-                model_input=types.ModelInput.from_ints(ids[:-1].tolist()),
-                loss_fn_inputs={
-                    "target_tokens": types.TensorData.from_torch(ids[1:]),
-                    "logprobs": types.TensorData.from_torch(-2.0 - torch.rand(length, generator=g)),
-                    "advantages": types.TensorData.from_torch(torch.randn(length, generator=g)),
-                },
-            )
-        )
-    return out
-
-
-def client_of(server):
-    return tinker.ServiceClient(base_url=server.url, api_key=server.key)
+from tests.serving import Server, client_of, datums, serving
 
 
 def stored(server, path):

@@ -8,9 +8,8 @@ pytest.importorskip("fastapi", reason="needs the extra `server`")
 
 from tinker import types
 
-from tests.serving import serving
-from tests.test_report import browser, wait  # noqa: F401 (a fixture)
-from tests.test_server_durability import client_of, datums
+from tests.browsing import wait
+from tests.serving import client_of, datums, serving
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def step(run, seed):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_page_asks_for_the_key_and_shows_the_runs_live(browser, server, width, scheme):  # noqa: F811
+def test_the_page_asks_for_the_key_and_shows_the_runs_live(browser, server, width, scheme):
     run = client_of(server).create_lora_training_client(base_model="tiny", rank=4, seed=1).result()
     step(run, 0)
     step(run, 1)

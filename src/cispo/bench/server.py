@@ -2,7 +2,8 @@
 
 Any base URL can be measured; without one, a server of ours is started as a process of its own, with its log on disk as
 always. Times are medians over warm calls of one client that waits for each result; `first` is the very first call of
-its shape. Overhead is what a call takes that has next to nothing to compute. Left out on purpose: quality.
+its shape. Overhead is what a call takes beside the model's (or optimizer's) own computing, which servers of ours tell
+at `/metrics`; of others those rows are left out. Left out on purpose: quality.
 
     cispo bench server
     cispo bench server --base-url http://localhost:8000 --base-model think
@@ -13,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +69,10 @@ def run(options: ServerBenchOptions) -> int:
         key = os.environ.get("TINKER_API_KEY", "tml-none")
         if url is None:
             url, key = stack.enter_context(_own_server())
-        numbers = measure(options, lambda: tinker.ServiceClient(base_url=url, api_key=key))
+        clock = _compute_clock(url or os.environ.get("TINKER_BASE_URL", ""))
+        if clock is None:
+            sys.stdout.write(f"{url} does not say at /metrics how long it computed: overhead is not measured\n")
+        numbers = measure(options, lambda: tinker.ServiceClient(base_url=url, api_key=key), clock)
     for name, value in numbers.items():
         sys.stdout.write(f"{name:44s} {value:10.2f}\n")
     if options.out is not None:
@@ -74,8 +80,10 @@ def run(options: ServerBenchOptions) -> int:
     return 0
 
 
-def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds by name; ratios and counts where the name says so."""
+def measure(
+    options: ServerBenchOptions, connect: Callable[[], Any], clock: Callable[[], float] | None
+) -> dict[str, float]:
+    """Milliseconds by name; ratios and counts where the name says so. clock: seconds that the server has computed."""
     from tinker import types
 
     out: dict[str, float] = {}
@@ -92,12 +100,17 @@ def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str
         start = time.perf_counter()
         call()
         out[f"{name}, first"] = 1e3 * (time.perf_counter() - start)
-        times = []
+        times, beside = [], []
         for _ in range(repeats):
+            computed = clock() if clock else 0.0
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
+            if clock:
+                beside.append(times[-1] - (clock() - computed))
         out[f"{name}, median"] = 1e3 * statistics.median(times)
+        if clock:
+            out[f"{name}, overhead"] = 1e3 * statistics.median(beside)
 
     timed("forward_backward", lambda: run.forward_backward(data, "cispo").result())
     timed("optim_step", lambda: run.optim_step(adam).result())
@@ -107,8 +120,8 @@ def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str
     params = types.SamplingParams(max_tokens=options.max_tokens, stop=[])
     timed("sample", lambda: sampler.sample(prompt, options.batch, params).result())
     tiny = _datums(1, 1, 0)
-    timed("overhead: forward of 1 token", lambda: run.forward(tiny, "cispo").result())
-    timed("overhead: sample of 1 token", lambda: sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)).result())
+    timed("forward of 1 token", lambda: run.forward(tiny, "cispo").result())
+    timed("sample of 1 token", lambda: sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)).result())
 
     def job(client_run: Any) -> None:
         for step in range(options.steps):
@@ -144,6 +157,23 @@ def measure(options: ServerBenchOptions, connect: Callable[[], Any]) -> dict[str
         future.result()
     out[f"{options.concurrent_samples} samples at once"] = 1e3 * (time.perf_counter() - start)
     return out
+
+
+def _compute_clock(url: str) -> Callable[[], float] | None:
+    """Reads how many seconds the server has computed in its models, all requests together; None where it does not say.
+
+    Read before and after a call while nobody else asks, it tells what of that call was computing.
+    """
+
+    def read() -> float | None:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=30) as reply:
+            found = re.findall(r"^cispo_compute_seconds_total(?:{.*})? (\S+)$", reply.read().decode(), re.MULTILINE)
+        return sum(map(float, found)) if found else None
+
+    try:
+        return None if read() is None else read
+    except (OSError, ValueError):  # another server, which has no such page, or no such server: the SDK will tell
+        return None
 
 
 def _datums(count: int, length: int, seed: int) -> list[Any]:

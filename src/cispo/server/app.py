@@ -21,6 +21,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cispo.server import external, wire
@@ -62,17 +63,24 @@ def create_app(service: Service, keys: Keys) -> ASGIApp:
 async def _body(request: Request, limit: int) -> bytes:
     """The whole body, uncompressed. Raises TooLarge, and never holds more than the limit.
 
-    What is too large is read on for a while and dropped, because a client that is still sending sees no reply.
+    What is too large is read on for a while and dropped, because a client that is still sending sees no reply. One that
+    announces far too much is not heard out.
     """
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > 4 * limit:
-            break
-        if size <= limit:
-            pieces.append(piece)
-        else:
-            pieces.clear()
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > 15 or int(announced) > 4 * limit):
+        raise TooLarge(f"the body has {announced} bytes, more than {limit}; send smaller chunks")
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > 4 * limit:
+                break
+            if size <= limit:
+                pieces.append(piece)
+            else:
+                pieces.clear()
+    except ClientDisconnect:
+        raise Malformed("the body ended before its announced length") from None
     if size > limit:
         raise TooLarge(f"the body has more than {limit} bytes; send smaller chunks")
     body = b"".join(pieces)

@@ -15,12 +15,13 @@ Left out on purpose: HTTP (`app.py`), validation (`service.py`), and pre-emption
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -263,6 +264,7 @@ class Engine:
         if not isinstance(head.work, TrainWork):
             return []
         base, tokens, group = self.runs[head.scope].base, head.work.tokens, []
+        most = min(GROUP_TOKENS, self.settings.micro_batch_tokens)  # halves give sampling no turn in between
         for scope in self._ready:
             other = self._queues[scope][0]
             if (
@@ -272,7 +274,7 @@ class Engine:
                 and not head.replayed
                 and other.work.forward_only == head.work.forward_only
                 and self.runs[scope].base == base
-                and tokens + other.work.tokens <= GROUP_TOKENS
+                and tokens + other.work.tokens <= most
             ):
                 group.append(other)
                 tokens += other.work.tokens
@@ -316,11 +318,12 @@ class Engine:
         results = None
         try:
             if compute.can_be_halved(parts):
-                results = compute.train_halves(
-                    served, parts, micro_batch_tokens=self.settings.micro_batch_tokens, helper=self._helper
-                )
+                with self._computing("forward_backward"):
+                    results = compute.train_halves(
+                        served, parts, micro_batch_tokens=self.settings.micro_batch_tokens, helper=self._helper
+                    )
             else:
-                for results in compute.train(served, parts, micro_batch_tokens=self.settings.micro_batch_tokens):
+                for results in self._steps(served, parts):
                     if not results:
                         yield
         except Exception as error:
@@ -343,14 +346,31 @@ class Engine:
         run = self.runs[request.scope]
         part = TrainPart(self._adapter(run), request.work)
         try:
-            for results in compute.train(
-                self.served[run.base], [part], micro_batch_tokens=self.settings.micro_batch_tokens
-            ):
+            for results in self._steps(self.served[run.base], [part]):
                 if not results:
                     yield
             self._trained(request, results[0])
         except Exception as error:
             self._fail(request, error)
+
+    def _steps(self, served: ServedModel, parts: Sequence[TrainPart]) -> Iterator[list[compute.TrainResult]]:
+        """`compute.train`, its time taken."""
+        steps = compute.train(served, parts, micro_batch_tokens=self.settings.micro_batch_tokens)
+        while True:
+            with self._computing("forward_backward"):
+                results = next(steps, None)
+            if results is None:
+                return
+            yield results
+
+    @contextlib.contextmanager
+    def _computing(self, kind: str) -> Iterator[None]:
+        """What a request of this kind takes of the model, or an optimizer, beside which all else is overhead."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics.compute_seconds.labels(kind).inc(time.perf_counter() - start)
 
     def _trained(self, request: Request, result: compute.TrainResult) -> None:
         run = self.runs[request.scope]
@@ -381,7 +401,9 @@ class Engine:
                 self._finish_json(request, {"type": "load_weights", "path": work.path, "model_id": run.id})
             case AdamParams():
                 held = None if self._journal is None else self._journal.take(run)
-                metrics = self._adapter(run).optim_step(work)
+                adapter = self._adapter(run)
+                with self._computing("optim_step"):
+                    metrics = adapter.optim_step(work)
                 if held is not None:
                     self._journal.stepped(run, request, work, metrics, held)
                 if run.curve:
@@ -574,7 +596,8 @@ class Engine:
 
     def _poll(self, base: str, sampler: AdapterSampler) -> None:
         try:
-            results = sampler.poll()
+            with self._computing("asample"):
+                results = sampler.poll()
         except Exception as error:
             mine = [number for number, (b, _) in self._by_number.items() if b == base]
             lost = mine
@@ -612,7 +635,8 @@ class Engine:
             index = {id(a): i for i, a in enumerate(adapters)}
             asked = [(entry, entry[1].work.score) for entry in batch if entry[1].work.score is not None]
             which = torch.tensor([index.get(id(entry[2]), -1) for entry, _ in asked])
-            scores = compute.score(served, [s for _, s in asked], route, which if route else None) if asked else []
+            with self._computing("asample"):
+                scores = compute.score(served, [s for _, s in asked], route, which if route else None) if asked else []
             by_request = {entry[1].id: result for (entry, _), result in zip(asked, scores, strict=True)}
             for _, request, adapter, result in batch:
                 output = _sequences(result)
@@ -620,7 +644,8 @@ class Engine:
                     output.prompt_logprobs, output.topk_prompt = found.logprobs, found.topk
                     output.target_prompt, output.alternatives = found.target, found.alternatives
                 if request.work.topk_sampled:
-                    self._top_sampled(served, request.work, adapter, output)
+                    with self._computing("asample"):
+                        self._top_sampled(served, request.work, adapter, output)
                 self._finish(request, "proto", wire.encode_sample_output(output))
         except Exception as error:
             for _, request, _, _ in batch:

@@ -36,6 +36,14 @@ class Metrics:
         self.engine_seconds = Counter(
             "cispo_engine_seconds", "Time of the engine by kind of work", ["work"], registry=self.registry
         )
+        self.compute_seconds = Counter(
+            "cispo_compute_seconds",
+            "Time in models and optimizers by request",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in ("forward_backward", "optim_step", "asample"):
+            self.compute_seconds.labels(kind)  # there from the start, as 0
         self.trained_tokens = Counter("cispo_trained_tokens", "Tokens through forward_backward", registry=self.registry)
         self.sampled_tokens = Counter("cispo_sampled_tokens", "Tokens sampled", registry=self.registry)
         self.adapter_loads = Counter("cispo_adapter_loads", "Adapters brought back from disk", registry=self.registry)

@@ -67,6 +67,7 @@ class Sampler:
     kind: Literal["base", "snapshot", "inflight"]
     created: float
     clients: int = 0
+    used: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -83,6 +84,10 @@ class Checkpoint:
     expires: float | None
     public: bool
     body: dict[str, Any]
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires <= time.time()
 
 
 # --------------------------------------------------------------------------------------------------------------- work

@@ -56,6 +56,8 @@ KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights"
 MAX_RANK = 1024
 KEEP_DELIVERED = 600.0  # seconds that a fetched result is kept for a repeated request
 KEEP_UNFETCHED = 86400.0
+KEEP_SAMPLER = 86400.0  # that an unnamed one is kept after its last use,
+SPARE_SAMPLER = 600.0  # and where its key stores too much
 CLONE_SEQS = 1_000_000_000  # the SDK counts the requests of its n-th client of a sampling session from n times this
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,127}")
 
@@ -306,8 +308,12 @@ class Service:
         *,
         blob: BlobRow | None = None,
         also: Callable[[sqlite3.Connection], None] | None = None,
+        undo: Callable[[], None] = lambda: None,
     ) -> Request:
-        """`make` gives the work and what the log keeps of it; its UserError becomes a failed future."""
+        """`make` gives the work and what the log keeps of it; its UserError becomes a failed future.
+
+        `undo` takes back what `make` has noted, where the request is then not accepted: it will be sent again.
+        """
         request = Request(secrets.token_hex(16), run.owner, kind, run.id, seq, digest, None)
         payload = None
         if self._known(run.id, seq) is None:
@@ -318,7 +324,11 @@ class Service:
                 also = None
         run.seen = time.time()
         start = (lambda: self.engine.enqueue(request)) if payload is not None else None
-        return await self._accept(request, payload, also=also, blob=blob, start=start)
+        try:
+            return await self._accept(request, payload, also=also, blob=blob, start=start)
+        except (Refused, DiskFull):
+            undo()
+            raise
 
     async def retrieve(self, owner: str, request_id: str) -> Request | None:
         """The request once it is resolved, or None while it is not (408). Raises Refused 404, 410."""
@@ -464,6 +474,7 @@ class Service:
         request = await self._accept_training(
             run, "create_model", 0, digest,
             lambda: (CreateWork(seed), json.dumps({"seed": seed}).encode()), also=_insert_run(run),
+            undo=lambda: self.runs.pop(model_id, None),
         )  # fmt: skip
         return await self._model_reply(request)
 
@@ -541,10 +552,15 @@ class Service:
 
     def checkpoint(self, owner: str, path: Any) -> Checkpoint:
         """Raises Refused 404 for what is not this tenant's, unless it is public."""
-        found = self.checkpoints.get(path) if isinstance(path, str) else None
+        found = self._live(path)
         if found is None or (found.owner != owner and not found.public):
             raise unknown("checkpoint", str(path))
         return found
+
+    def _live(self, path: Any) -> Checkpoint | None:
+        """What has expired is gone from then on, whenever its file goes."""
+        found = self.checkpoints.get(path) if isinstance(path, str) else None
+        return None if found is None or found.expired else found
 
     async def save(self, owner: str, kind: str, body: Mapping[str, Any]) -> dict:
         """`save_weights`, `save_weights_for_sampler`, `save_weights_external`."""
@@ -570,7 +586,7 @@ class Service:
             else:
                 name = self._name(message.path)
                 path = _path(run.id, kind, name)
-                taken = path in self.checkpoints or path in self._saving
+                taken = self._live(path) is not None or path in self._saving
                 if taken and kind != "sampler_weights" and not getattr(message, "overwrite", False):
                     raise UserError(f"{path} exists already; choose another name, or pass overwrite=True")
             if getattr(message, "age_encryption_recipients", None):
@@ -578,6 +594,7 @@ class Service:
                     "age_encryption_recipients is not supported; leave it out and encrypt the files yourself"
                 )
             ttl = _ttl(message.ttl_seconds)
+            self._make_room(owner)
             if self._stored(owner) >= self.limits.stored_bytes:
                 raise UserError(f"this key stores {self._stored(owner) >> 20} MiB, the most it may; delete checkpoints")
             work = SaveWork(
@@ -589,13 +606,44 @@ class Service:
                 self._saving.add(path)
             return work, json.dumps(fields).encode()
 
-        request = await self._accept_training(run, "save", _seq(message), wire.digest(wire.canonical(body)), make)
+        request = await self._accept_training(
+            run, "save", _seq(message), wire.digest(wire.canonical(body)), make, undo=lambda: self._saving.discard(path)
+        )
         return {"request_id": request.id, "model_id": run.id}
 
     def _stored(self, owner: str) -> int:
         held = [c.blob for c in self.checkpoints.values() if c.owner == owner]
         held += [s.blob for s in self.samplers.values() if s.owner == owner and s.blob and s.path is None]
         return sum({blob.id: blob.size for blob in held}.values())
+
+    def _make_room(self, owner: str) -> None:
+        """A loop makes an unnamed sampler at every step, which no client can delete: over the limit, the oldest go."""
+        over = self._stored(owner) - self.limits.stored_bytes
+        idle = [s for s in self._unnamed(SPARE_SAMPLER) if s.owner == owner] if over >= 0 else []
+        gone = []
+        for sampler in sorted(idle, key=lambda s: s.used):
+            if over < 0:
+                break
+            gone.append(sampler)
+            over -= sampler.blob.size
+        self._let_go(gone)
+
+    def _unnamed(self, idle: float) -> list[Sampler]:
+        """Samplers of weights that have no name, which nobody has used for so many seconds."""
+        before = time.time() - idle
+        return [s for s in self.samplers.values() if s.blob is not None and s.path is None and s.used < before]
+
+    def _let_go(self, gone: list[Sampler]) -> None:
+        for sampler in gone:
+            del self.samplers[sampler.id]
+        names = [(sampler.id,) for sampler in gone]
+
+        def commit(db: sqlite3.Connection) -> list[str]:
+            db.executemany("DELETE FROM samplers WHERE id=?", names)
+            return orphans(db)
+
+        if gone:
+            self.store.write(commit, self.store.delete_blobs)
 
     def _saved(self, saved: Saved) -> None:
         """A disk thread has written the file: make it somebody's, and only then tell the client."""
@@ -673,7 +721,7 @@ class Service:
         if known is not None:
             return await self._model_reply(self._repeat(known, digest, owner))
         try:
-            found = self.checkpoints.get(message.path)
+            found = self._live(message.path)
             if found is None or (found.owner != owner and not found.public):
                 raise UserError(f"checkpoint {message.path} does not exist")
             if found.kind == "external_weights":
@@ -707,6 +755,7 @@ class Service:
             run, "load_weights", seq, digest,
             lambda: (LoadWork(message.path, found.blob, message.optimizer), payload),
             blob=found.blob, also=_insert_run(run) if create else None,
+            undo=(lambda: self.runs.pop(model_id, None)) if create else lambda: None,
         )  # fmt: skip
         return await self._model_reply(request)
 
@@ -748,7 +797,10 @@ class Service:
     def sampler(self, owner: str, sampler_id: Any) -> Sampler:
         sampler = self.samplers.get(sampler_id) if isinstance(sampler_id, str) else None
         if sampler is None or sampler.owner != owner:
-            raise unknown("sampler", str(sampler_id))
+            raise Refused(
+                404, f"sampler {sampler_id} does not exist, or its weights have no name and nobody used it for a day"
+            )
+        sampler.used = time.time()
         return sampler
 
     def get_sampler(self, owner: str, sampler_id: str) -> dict:
@@ -868,7 +920,9 @@ class Service:
         }
 
     def _run_json(self, run: Run) -> dict:
-        mine = sorted((c for c in self.checkpoints.values() if c.model == run.id), key=lambda c: c.created)
+        mine = sorted(
+            (c for c in self.checkpoints.values() if c.model == run.id and not c.expired), key=lambda c: c.created
+        )
         last = {kind: next((c for c in reversed(mine) if c.kind == kind), None) for kind in KINDS}
         return {
             "training_run_id": run.id,
@@ -891,14 +945,16 @@ class Service:
     def list_checkpoints(self, owner: str, model_id: str | None, limit: int, offset: int) -> dict:
         if model_id is not None:
             self.run(owner, model_id)
-        mine = [c for c in self.checkpoints.values() if c.owner == owner and model_id in (None, c.model)]
+        mine = [
+            c for c in self.checkpoints.values() if c.owner == owner and model_id in (None, c.model) and not c.expired
+        ]
         mine.sort(key=lambda c: -c.created)
         page = [self._checkpoint_json(c) for c in mine[offset : offset + limit]]
         return {"checkpoints": page, "cursor": {"offset": offset, "limit": limit, "total_count": len(mine)}}
 
     def own_checkpoint(self, owner: str, model_id: str, kind: str, name: str) -> Checkpoint:
         self.run(owner, model_id)
-        found = self.checkpoints.get(_path(model_id, kind, name))
+        found = self._live(_path(model_id, kind, name))
         if found is None:
             raise unknown("checkpoint", f"{kind}/{name}")
         return found
@@ -1020,7 +1076,7 @@ class Service:
         }
 
     def external_file(self, model_id: str, name: str) -> BlobRow | None:
-        found = self.checkpoints.get(_path(model_id, "external_weights", name))
+        found = self._live(_path(model_id, "external_weights", name))
         return found and found.blob
 
     def overview(self, owner: str) -> dict:
@@ -1048,9 +1104,10 @@ class Service:
     # ----------------------------------------------------------------------------------------------------- housekeeping
 
     async def collect(self) -> None:
-        """Expired checkpoints, results that were fetched a while ago, and the files that nothing names any more."""
+        """Expired checkpoints, unnamed samplers that nobody uses, results that were fetched a while ago, and the files
+        that nothing names any more."""
         now = time.time()
-        expired = [c for c in self.checkpoints.values() if c.expires is not None and c.expires <= now]
+        expired = [c for c in self.checkpoints.values() if c.expired]
         old = [
             r for r in self.requests.values()
             if r.resolved and r.work is None and r.finished is not None
@@ -1073,6 +1130,7 @@ class Service:
         await asyncio.wrap_future(self.store.write(commit))
         if expired:
             await self._forget(expired)
+        self._let_go(self._unnamed(KEEP_SAMPLER))
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
