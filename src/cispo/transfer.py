@@ -36,6 +36,8 @@ from cispo.types import RunError
 
 BUCKET_BYTES = 256 << 20
 """Tensors are sent together up to this size; a larger one goes alone."""
+CONNECT_S = 30.0
+"""How long the sender's store may take to answer; it is there before anybody hears of a meeting."""
 BY_BROADCAST = "weights by broadcast:"
 """How what TransferLost says begins, for those who get it as a text from another process."""
 _ALIGNMENT = 64
@@ -359,7 +361,7 @@ def _await(
 
 
 def _store_of(meeting: Meeting) -> dist.Store:
-    timeout = datetime.timedelta(seconds=meeting.timeout_s)
+    timeout = datetime.timedelta(seconds=min(meeting.timeout_s, CONNECT_S))
     with _translated("the sender's store"):
         return dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
 
