@@ -747,3 +747,21 @@ def test_status_of_a_running_server_and_of_none(server, capsys):
     for words in (["--status"], ["--status", "True"]):
         assert main(["serve", *words, "--port", str(server.options["port"])]) == 0
         assert "sessions alive" in capsys.readouterr().out
+
+
+def test_the_benchmark_tells_overhead_where_the_server_says_how_long_it_computed(server):
+    from cispo.bench.server import ServerBenchOptions, compute_clock, measure
+
+    clock = compute_clock(server.url)
+    options = ServerBenchOptions(
+        base_model="Org/Tiny", rank=2, batch=2, length=8, max_tokens=4, repeats=3, clients=2, steps=1, rounds=1,
+        concurrent_samples=4,
+    )  # fmt: skip
+    before = clock()
+    numbers = measure(options, lambda: tinker.ServiceClient(base_url=server.url, api_key=ALICE), clock)
+    assert clock() > before
+    for verb in ("forward_backward", "optim_step", "save + sampler", "sample"):
+        assert 0 < numbers[f"{verb}, overhead"] < numbers[f"{verb}, median"] + 1
+    assert compute_clock("http://127.0.0.1:9") is None  # a server that does not say
+    foreign = measure(options, lambda: tinker.ServiceClient(base_url=server.url, api_key=ALICE), None)
+    assert set(numbers) - set(foreign) == {name for name in numbers if name.endswith("overhead")}

@@ -17,6 +17,7 @@ from tests.serving import serving
 
 NAME = "Qwen/Qwen3-8B-Base"
 
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder in which the recipes' hard-coded names are local folders: tokenizer, model, and two data sets."""

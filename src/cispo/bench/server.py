@@ -69,7 +69,7 @@ def run(options: ServerBenchOptions) -> int:
         key = os.environ.get("TINKER_API_KEY", "tml-none")
         if url is None:
             url, key = stack.enter_context(_own_server())
-        clock = _compute_clock(url or os.environ.get("TINKER_BASE_URL", ""))
+        clock = compute_clock(url or os.environ.get("TINKER_BASE_URL", ""))
         if clock is None:
             sys.stdout.write(f"{url} does not say at /metrics how long it computed: overhead is not measured\n")
         numbers = measure(options, lambda: tinker.ServiceClient(base_url=url, api_key=key), clock)
@@ -159,7 +159,7 @@ def measure(
     return out
 
 
-def _compute_clock(url: str) -> Callable[[], float] | None:
+def compute_clock(url: str) -> Callable[[], float] | None:
     """Reads how many seconds the server has computed in its models, all requests together; None where it does not say.
 
     Read before and after a call while nobody else asks, it tells what of that call was computing.

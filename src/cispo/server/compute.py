@@ -59,8 +59,9 @@ class ServedModel:
 
 
 def warm(served: ServedModel) -> None:
-    """One training pass and step on a throw-away adapter, so that no client pays for what libraries do at first use."""
-    shape = LoraShape(8, "attn" in served.host.parts, "mlp" in served.host.parts, "unembed" in served.host.parts)
+    """One training pass and step on a throw-away adapter of the SDK's usual rank, so that no client pays for what
+    libraries do at first use."""
+    shape = LoraShape(32, "attn" in served.host.parts, "mlp" in served.host.parts, "unembed" in served.host.parts)
     adapter = Adapter(served.host, shape, served.host.initial(shape, 0))
     S = min(64, served.context_length or 64)
     for loss_fn in ("cross_entropy", "cispo"):

@@ -43,6 +43,9 @@ log = logging.getLogger("cispo.server")
 
 GROUP_TOKENS = 4096
 """Requests of several runs share a pass until it has this many tokens: beyond, company costs more than it saves."""
+IN_STEP_SECONDS, GATHER_GAP, GATHER_MOST = 0.1, 0.015, 0.1
+"""A run whose last pass ended so recently is about to send its next: the first of several waits for the others' while
+they come with no larger gaps, and at most so long in all. Else it would run alone, and the rest in a second pass."""
 CURVE_POINTS = 512
 QUIET_SECONDS = 0.05
 """Without work for so long, the engine lets the journal write."""
@@ -88,6 +91,7 @@ class Engine:
         self._samplers = {name: self._new_sampler(name) for name in served}
         self._queues: dict[str, deque[Request]] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()
+        self._trained_at: dict[str, float] = {}
         self._sampling: dict[str, tuple[str, Request]] = {}
         self._incoming: deque[tuple[str, Request, BlobRow | None, LoraShape | None]] = deque()
         self._scores: deque[tuple[str, Request, FrozenAdapter | None, SampleResult | None]] = deque()
@@ -218,6 +222,7 @@ class Engine:
     def _train_some(self) -> None:
         """One micro-batch, or one small request."""
         if self._pass is None:
+            self._gather()
             group = self._next_group()
             if not group:
                 return
@@ -228,6 +233,24 @@ class Engine:
         except StopIteration:
             self._pass = None
         self.metrics.engine_seconds.labels("train").inc(time.perf_counter() - start)
+
+    def _gather(self) -> None:
+        """Wait for the requests of runs that train in step with those that are ready, while nothing else is to do."""
+        start = came = time.monotonic()
+        with self._wake:
+            self._trained_at = {run: at for run, at in self._trained_at.items() if at > start - IN_STEP_SECONDS}
+            ready = len(self._ready)
+            while self._ready and not self._trained_at.keys() <= self._ready.keys():
+                heads = [self._queues[scope][0] for scope in self._ready]
+                shared = all(isinstance(r.work, TrainWork) and not r.replayed and r.together is None for r in heads)
+                if not shared or self._stopping or self._incoming or self._sampling or self._scores or self._cancelled:
+                    return
+                left = min(came + GATHER_GAP, start + GATHER_MOST) - time.monotonic()
+                if left <= 0 or sum(request.work.tokens for request in heads) >= GROUP_TOKENS:
+                    return
+                self._wake.wait(left)
+                if len(self._ready) > ready:
+                    ready, came = len(self._ready), time.monotonic()
 
     def _next_group(self) -> list[Request]:
         """The next request in turn of the runs, and those of other runs that may share its pass."""
@@ -379,6 +402,8 @@ class Engine:
             del run.curve[:-CURVE_POINTS]
             if self._journal is not None:
                 self._journal.trained(run, request.work, result)
+        if not request.replayed:
+            self._trained_at[run.id] = time.monotonic()
         self.metrics.trained_tokens.inc(request.work.tokens)
         self._finish(request, "proto", wire.encode_train_output(result.logprobs, result.metrics))
 
