@@ -25,7 +25,7 @@ from ray import cloudpickle
 from cispo import cli, cluster, objectives
 from cispo import config as configs
 from cispo.cluster.start import demand, with_transfer
-from cispo.cluster.weights import pack, unpack
+from cispo.cluster.weights import LiveWeights, pack, unpack
 from cispo.metrics import read_jsonl
 from cispo.tasks.think import ThinkTask
 from cispo.types import (
@@ -279,6 +279,43 @@ def test_a_broadcast_reaches_every_sampler_and_those_that_die_lose_nothing(parts
     found = all_of(sampler)
     assert sorted(found) == list(range(24)) and 3 in versions(found)
 
+    class DiesAtTheEnd:
+        """The learner, whose broadcast succeeds just before a sampler dies."""
+
+        changes, meet = learner.changes, learner.meet
+
+        def send(self, meeting, *, meanwhile):
+            learner.send(meeting, meanwhile=meanwhile)
+            if sampler.restarts == 3:  # the first time
+                os.kill(sampler.processes()[1], signal.SIGKILL)
+            while sampler.restarts == 3:
+                meanwhile()
+
+    sampler.update_weights(LiveWeights(DiesAtTheEnd()), 4)
+    submit()
+    assert versions(all_of(sampler)) == {4}  # none by the weights that a new sampler starts with
+
+    learner._timeout_s = 10.0
+    ranks = sorted(
+        (p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Rank")),
+        key=psutil.Process.create_time,
+    )[-2:]
+    stopped, meeting = sampler.processes()[0], sampler._meeting
+    os.kill(stopped, signal.SIGSTOP)
+
+    def stop_ranks_too():  # which then answer nobody, not even those who knock at their store
+        while sampler._meeting == meeting:
+            time.sleep(0.005)
+        for rank in ranks:
+            rank.suspend()
+        os.kill(stopped, signal.SIGKILL)
+
+    threading.Thread(target=stop_ranks_too, daemon=True).start()
+    with pytest.raises(LearnerLost, match="send: rank 0, 1 hung for 10 s"):
+        sampler.update_weights(learner.weights(), 5)
+    for rank in ranks:
+        rank.kill()
+
 
 def test_weights_go_by_broadcast_where_all_have_gpus_of_their_own():
     def chosen(*words):
@@ -289,7 +326,9 @@ def test_weights_go_by_broadcast_where_all_have_gpus_of_their_own():
     assert chosen("--cluster.samplers", "2") == "object_store"  # too few GPUs, so none are used
     assert chosen("--cluster.sampler_gpus", "0") == "object_store"
     assert chosen("--cluster.colocate", "true") == "object_store"
-    with pytest.raises(ConfigError, match="the learner ranks have GPUs and the samplers have none"):
+    assert chosen("--cluster.learner_gpus", "0.5", "--cluster.sampler_gpus", "0.5") == "object_store"
+    assert chosen("--async.sampler", "vllm", "--vllm.url", "http://a:1") == "object_store"
+    with pytest.raises(ConfigError, match="a learner rank has 1 GPUs and a sampler 0; NCCL wants a whole one"):
         chosen("--cluster.weight_transfer", "broadcast", "--cluster.sampler_gpus", "0")
 
 

@@ -708,6 +708,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"rollout.{truncated[0]}: {getattr(rollout, truncated[0]):g} with async.sampler: vllm, whose log-probs are "
             "of the truncated distribution, not of the policy; remove the truncation, or use async.sampler: process"
         )
+    yield from _placement(config)
     if config.cluster.colocate:
         yield from _colocation(config)
     if config.cluster.kind == "ray" and config.asynchrony.sampler == "vllm":
@@ -790,6 +791,31 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
 
 
+def _placement(config: Config) -> Iterator[str]:
+    """Parts of the cluster that somebody else has, or nobody."""
+    cluster = config.cluster
+    if cluster.kind != "none" and config.learner.endpoint is not None:
+        yield (
+            f"cluster.kind: {cluster.kind} with learner.endpoint: {config.learner.endpoint}, which has the learner and "
+            "the samplers already; remove one of the two"
+        )
+    if cluster.kind == "ray" and config.asynchrony.sampler == "inline":
+        yield (
+            "async.sampler: inline with cluster.kind: ray, whose samplers are processes of their own; remove it, or "
+            "use async.sampler: vllm"
+        )
+    if cluster.weight_transfer == "broadcast" and cluster.kind != "ray":
+        yield (
+            f"cluster.weight_transfer: broadcast with cluster.kind: {cluster.kind}, which has no pool of samplers; use "
+            "cluster.kind: ray, or for a vLLM engine of this process vllm.weight_transfer: broadcast"
+        )
+    if cluster.weight_transfer == "broadcast" and config.vllm.url is not None:
+        yield (
+            "cluster.weight_transfer: broadcast with vllm.url, whose server has workers that are not the pool's; use "
+            "weight_transfer: object_store"
+        )
+
+
 def _colocation(config: Config) -> Iterator[str]:
     """Why learner and samplers could not take turns on the same devices."""
     cluster = config.cluster
@@ -851,6 +877,13 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"algorithm.objective.clip_low_threshold: {algorithm.objective.clip_low_threshold:g} keeps a full update "
             "on tokens that the policy has left, and can run away off-policy (tinker-cookbook #763); use 0"
+        )
+    cluster = config.cluster
+    share = cluster.learner_ranks // cluster.samplers
+    if cluster.colocate and config.asynchrony.sampler == "vllm" and config.vllm.tensor_parallel < share:
+        found.append(
+            f"vllm.tensor_parallel: {config.vllm.tensor_parallel} with cluster.colocate and {share} learner ranks to a "
+            f"sampler leaves GPUs idle while it samples; use tensor_parallel: {share} or more cluster.samplers"
         )
     if rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0:
         found.append(

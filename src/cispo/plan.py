@@ -477,10 +477,16 @@ def lines(config: Config, options: PlanOptions, plan: Plan) -> Iterator[str]:
     )
     shared = ", in turns on the same GPUs" if config.cluster.colocate else ""
     yield f"GPUs        {plan.ranks} learner ranks, {plan.engines} engines of {config.vllm.tensor_parallel}{shared}"
+    used = plan.ranks + (0 if config.cluster.colocate else plan.engines * config.vllm.tensor_parallel)
+    if used < options.gpus:
+        yield f"            {options.gpus - used} of {options.gpus} GPUs are not used"
     yield f"\nlearner, GiB on each of {plan.ranks} ranks"
     for name, bytes_ in plan.learner.items():
         yield f"  {bytes_ / GIB:8.2f}  {name}"
-    yield f"  {sum(plan.learner.values()) / GIB:8.2f}  of {options.gpu_memory:g}"
+    if config.cluster.colocate:
+        yield f"  {CONTEXT / GIB:8.2f}  the engine that sleeps there"
+    total = sum(plan.learner.values()) + (CONTEXT if config.cluster.colocate else 0)
+    yield f"  {total / GIB:8.2f}  of {options.gpu_memory:g}"
     if config.cluster.colocate:
         yield f"  {resident(plan.learner) / GIB:8.2f}  of that while the engine samples"
     yield "\nengine, GiB on each GPU"

@@ -322,9 +322,14 @@ class ShardedLearner(LocalLearner):
             except TransferLost as error:
                 told = [None, error]
         dist.broadcast_object_list(told, group_src=0, group=self._group)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+        value, error = told
+        del told  # the error's traceback holds this frame, which would hold the error, and with it the lost group
+        if error is None:
+            return value
+        try:
+            raise error
+        finally:
+            del error
 
     def _full(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}

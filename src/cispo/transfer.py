@@ -21,6 +21,8 @@ import itertools
 import json
 import math
 import os
+import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +47,16 @@ _LOOK_S = 0.005
 
 
 class TransferLost(RunError):
-    """A transfer did not come about, or broke off. Receivers may hold some of the new weights: use none of them."""
+    """A transfer did not come about, or broke off.
+
+    begun: bytes had moved, so that receivers may hold some of the new weights; use none of them.
+    """
+
+    begun = False
+
+
+class WeightsGone(RunError):
+    """What died held weights that only their sender can give again."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,8 @@ class Sender:
 
     def meet(self, behind: Sequence[int]) -> Meeting:
         """A new meeting; the one before is over. behind: how many members each door has. Nothing is waited for."""
+        if self._group is not None:
+            self._group.store.set("lost", "another meeting was called")
         self._number += 1
         meeting = Meeting(
             host=self._host,
@@ -248,16 +261,22 @@ class Sender:
             _await(store, meeting, {f"{word}/arrived/{door}": f"receiver {door}" for door in meeting.doors})
         with _translated("the store"):
             store.set(f"{word}/layout", layout.to_json())
+            for key in (f"{word - 1}/layout", *(f"{word - 1}/arrived/{door}" for door in meeting.doors)):
+                store.delete_key(key)  # whoever is at a door again has read what was said at it before
 
     def send(self, layout: Layout, tensors: Iterable[Tensor]) -> None:
         """The tensors of the layout, in its order; each is asked for when its bucket is packed. Raises TransferLost."""
         group, ordered = self._group, iter(tensors)
         assert group is not None
-        for bucket in layout.buckets:
-            buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=self._device)
-            for entry in bucket:
-                write(buffer, entry, next(ordered))
-            group.broadcast(buffer)
+        try:
+            for bucket in layout.buckets:
+                buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=self._device)
+                for entry in bucket:
+                    write(buffer, entry, next(ordered))
+                group.broadcast(buffer)
+        except TransferLost as error:
+            error.begun = True
+            raise
 
 
 class Receivers:
@@ -277,12 +296,18 @@ class Receivers:
         _await(store, meeting, {f"{word}/layout": "the sender's word"}, alive)
 
     def receive(
-        self, meeting: Meeting, rank: int, device: torch.device, *, aliases: bool = True
+        self,
+        meeting: Meeting,
+        rank: int,
+        device: torch.device,
+        *,
+        aliases: bool = True,
+        alive: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[str, Tensor]]:
         """The transfer's tensors, on `device`, one bucket's in memory at a time. Raises TransferLost.
 
         device: a CUDA device where the meeting's backend is NCCL. aliases: tied weights under each of their names, or
-        once, as in a model folder.
+        once, as in a model folder. alive: called after each bucket, for whoever watches the caller.
         """
         group = self._joined(meeting, rank)
         key = f"{meeting.transfer}/layout"
@@ -295,6 +320,7 @@ class Receivers:
         for bucket in layout.buckets:
             buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=device)
             group.broadcast(buffer)
+            alive()
             for entry in bucket:
                 tensor = read(buffer, entry)
                 for name in (entry.name, *others.get(entry.name, ())):
@@ -313,14 +339,22 @@ class Incoming(Mapping[str, Tensor]):
     A sampler whose engine has processes of its own lets those join `meeting` instead, as the members from `door` on.
     """
 
-    def __init__(self, receivers: Receivers, meeting: Meeting, door: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        receivers: Receivers,
+        meeting: Meeting,
+        door: int,
+        device: torch.device,
+        *,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         self.meeting, self.door = meeting, door
-        self._receivers, self._device = receivers, device
+        self._receivers, self._device, self._alive = receivers, device, alive
         self._here: dict[str, Tensor] | None = None
 
     def _received(self) -> dict[str, Tensor]:
         if self._here is None:
-            self._here = dict(self._receivers.receive(self.meeting, self.door, self._device))
+            self._here = dict(self._receivers.receive(self.meeting, self.door, self._device, alive=self._alive))
         return self._here
 
     def __getitem__(self, name: str) -> Tensor:
@@ -334,11 +368,16 @@ class Incoming(Mapping[str, Tensor]):
 
 
 def give_up(meeting: Meeting, why: str) -> None:
-    """Tell the members who wait that somebody will not come. For whoever watches them; no member need call it."""
-    with contextlib.suppress(TransferLost):
-        store = _store_of(meeting)
-        with _translated("the sender's store"):
-            dist.PrefixStore(str(meeting.number), store).set("lost", why)
+    """Tell the members who wait that somebody will not come. For whoever watches them; no member need call it.
+
+    Does not wait until it is told: a store whose process is stopped takes the call and never answers, timeout or not.
+    """
+
+    def tell() -> None:
+        with contextlib.suppress(TransferLost), _translated("the sender's store"):
+            dist.PrefixStore(str(meeting.number), _store_of(meeting)).set("lost", why)
+
+    threading.Thread(target=tell, name="give-up", daemon=True).start()
 
 
 def _await(
@@ -376,4 +415,6 @@ def _translated(what: str) -> Iterator[None]:
     except TransferLost:
         raise
     except RuntimeError as error:
-        raise TransferLost(f"{BY_BROADCAST} {what} was lost ({str(error).splitlines()[0]})") from error
+        # "[.../pair.cc:553] Connection closed by peer [10.0.0.7]:4711. This is typically ...", and a C++ stack.
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        raise TransferLost(f"{BY_BROADCAST} {what} was lost ({reason})") from error

@@ -12,11 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -429,6 +431,30 @@ def test_a_killed_engine_is_replaced_with_the_newest_weights_and_asked_again(tie
     tied.train()
     assert tied.publish() == version + 1
     assert sampler.probe().max <= PARITY
+
+
+def test_a_worker_killed_during_an_update_takes_its_engine_along_and_that_is_replaced(tmp_path):
+    """What is under way then ends with another error than a dead engine's next call."""
+    side = Side(save_tiny(tmp_path, tied=False), config=SETTINGS.model_copy(update={"tensor_parallel": 2}))
+    sampler = side.sampler
+    try:
+        (core,) = sampler._engine.processes()
+        worker = psutil.Process(core.pid).children(recursive=True)[-1]
+        worker.suspend()
+
+        def kill() -> None:
+            while not sampler._turn.locked():
+                time.sleep(0.005)
+            worker.kill()
+
+        threading.Thread(target=kill, daemon=True).start()
+        side.train()
+        version = side.publish()
+        assert sampler.restarts == 1
+        for completion in side.sample(LONG, 2, max_tokens=8, stop_token_ids=()):
+            assert set(completion.versions) == {version} and side.error(LONG, completion).max() <= PARITY
+    finally:
+        sampler.close()
 
 
 def test_an_engine_that_stops_answering_ends_the_run_once_its_restarts_are_used_up(tied):

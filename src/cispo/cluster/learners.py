@@ -55,7 +55,8 @@ class Rank:
         if rank == 0 and config.cluster.weight_transfer == "broadcast":
             self._sender = self._learner.sender(
                 ray.util.get_node_ip_address(),
-                patience_s=config.asynchrony.watchdog_s,
+                # Who waits at a door in vain should not be taken for a rank that hangs.
+                patience_s=min(config.asynchrony.watchdog_s, config.cluster.learner_timeout_s / 2),
                 timeout_s=config.cluster.transfer_timeout_s,
             )
 

@@ -36,7 +36,7 @@ from cispo import model as models
 from cispo.cluster.weights import LiveWeights, StoredWeights, pack, put, unpack
 from cispo.config import Config
 from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
-from cispo.transfer import Incoming, Meeting, Receivers, TransferLost, give_up
+from cispo.transfer import Incoming, Meeting, Receivers, TransferLost, WeightsGone, give_up
 from cispo.types import CispoError, Completion, RunError, Sampler, SampleRequest, SampleResult
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Worker:
             log.warning("%s", error)
             return
         device = torch.device("cuda" if meeting.backend == "nccl" else "cpu")
-        sampler.update_weights(Incoming(self._receivers, meeting, door, device), version)
+        sampler.update_weights(Incoming(self._receivers, meeting, door, device, alive=self._live), version)
 
     def _enter(self, name: str, turn: int) -> None:
         with self._news:
@@ -262,8 +262,8 @@ class RaySamplerPool:
         self._weights: StoredWeights | LiveWeights | None = None
         self._meeting: Meeting | None = None
         self._met: list[Any] = []  # the actors behind its doors
+        self._sending = False
         self._losses = 0  # of broadcasts, since the last that went well
-        self._last_loss: TransferLost | None = None  # as one of them told it
         self._updates = 0
         self._queue: deque[SampleRequest] = deque()
         self._kept: list[SampleResult] = []
@@ -313,8 +313,9 @@ class RaySamplerPool:
         questions = {seat.question: seat for seat in self._seats if seat.state[0] != GONE}
         if not questions:
             return results
-        ray.wait(list(questions), num_returns=1, timeout=timeout_s)
-        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0)
+        # An answer that is there counts, though it must still be fetched from another machine.
+        ray.wait(list(questions), num_returns=1, timeout=timeout_s, fetch_local=False)
+        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0, fetch_local=False)
         for question in answered:
             results += self._answer(questions[question])
         for seat in questions.values():
@@ -403,7 +404,8 @@ class RaySamplerPool:
         """Until every sampler is loaded and can be asked. Raises what kept one from it."""
         while not all(seat.ready for seat in self._seats):
             ray.wait([seat.question for seat in self._seats if not seat.ready], num_returns=1, timeout=TAKE_S)
-            self._kept += self.poll(wait=False)
+            found = self.poll(wait=False)
+            self._kept += found
 
     def close(self) -> None:
         if self._config.asynchrony.sampler == "vllm":
@@ -426,28 +428,45 @@ class RaySamplerPool:
         for seat in seats:
             seat.waits = True
         while present := [seat for seat in seats if seat.waits and seat.ready]:
-            starts, restarts = self._starts, self.restarts
+            actors, restarts, starts = [seat.actor for seat in present], self.restarts, self._starts
             try:
+                self._sending = True
                 self._broadcast(present)
             except TransferLost as error:
-                until = time.monotonic() + GRACE_S
-                while self._starts == starts and time.monotonic() < until:
-                    self._kept += self._look(WAIT_S)
-                self._losses += 1
-                if self._starts == starts or self._losses == MAX_LOSSES:
-                    raise RunError(
-                        f"{self._last_loss or error}; that was the {self._losses}. broadcast in a row to fail. If the "
-                        "devices cannot reach each other, use cluster.weight_transfer: object_store"
-                    ) from error
-                if self.restarts == restarts:
-                    self._count(f"was lost in a broadcast ({error})")
+                self._lost(error, present, actors, restarts, starts)
                 continue
-            self._losses, self._last_loss = 0, None
-            for seat in present:
+            finally:
+                self._sending = False
+            self._losses = 0
+            for seat, actor in zip(present, actors, strict=True):
+                if seat.actor is not actor:  # died meanwhile: what sits there now has nothing yet
+                    if self.restarts == restarts:
+                        self._count("died at the end of a broadcast")
+                    continue
                 untold, seat.untold, seat.waits = seat.untold, [], False
                 for request in untold:
                     if request.request_id in seat.requests:  # not cancelled
                         self._tell(seat, "submit", request)
+
+    def _lost(
+        self, error: TransferLost, seats: Sequence[_Seat], actors: Sequence[Any], restarts: int, starts: int
+    ) -> None:
+        """After a broadcast that failed: start those again that cannot go on. RunError where that is in vain."""
+        until = time.monotonic() + GRACE_S
+        while not error.begun and self._starts == starts and time.monotonic() < until:
+            self._kept += self._look(WAIT_S)
+        self._losses += 1
+        if self._losses == MAX_LOSSES or (not error.begun and self._starts == starts):
+            raise RunError(
+                f"{error}; that was broadcast {self._losses} in a row to fail. If the devices cannot reach each other, "
+                "use cluster.weight_transfer: object_store"
+            ) from error
+        if error.begun:  # who is still in it waits for somebody who is gone, and may have got half of the weights
+            for seat, actor in zip(seats, actors, strict=True):
+                if seat.actor is actor:
+                    self._restart(seat, f"was in a broadcast that broke off ({error})", counted=False)
+        if self.restarts == restarts:
+            self._count(f"was lost in a broadcast ({error})")
 
     def _broadcast(self, seats: Sequence[_Seat]) -> None:
         """Raises TransferLost, after which none of these seats can be said to have the weights."""
@@ -520,8 +539,10 @@ class RaySamplerPool:
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, TransferLost):  # counted by `_deliver`, once for all who were in it
-                self._last_loss = cause
-                self._restart(seat, f"lost a broadcast ({cause})", counted=False)
+                self._restart(seat, f"lost a broadcast ({cause})", counted=not self._sending)
+                return []
+            if isinstance(cause, WeightsGone):
+                self._restart(seat, f"lost its engine ({cause})")
                 return []
             raise cause if isinstance(cause, CispoError) else RunError(f"a sampler failed: {error}") from error
         except RayError as error:  # results that are lost, or that the object store had no room for

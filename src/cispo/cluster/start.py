@@ -126,13 +126,13 @@ def place(config: Config) -> Place:
 def with_transfer(config: Config, wanted: Demand) -> Config:
     """The config with its `weight_transfer` chosen. Raises ConfigError for a broadcast that has no common network."""
     cluster = config.cluster
-    gpus = [bool(seat[1].get("GPU")) for seat in (wanted.ranks[0], wanted.samplers[0])]
-    chosen = cluster.weight_transfer or ("broadcast" if all(gpus) and not cluster.colocate else "object_store")
-    if chosen == "broadcast" and gpus[0] != gpus[1]:
-        have, lack = ("learner ranks", "samplers") if gpus[0] else ("samplers", "learner ranks")
+    learner, sampler = (seat[1].get("GPU", 0) for seat in (wanted.ranks[0], wanted.samplers[0]))
+    apart = not cluster.colocate and config.vllm.url is None
+    chosen = cluster.weight_transfer or ("broadcast" if min(learner, sampler) >= 1 and apart else "object_store")
+    if chosen == "broadcast" and (learner or sampler) and min(learner, sampler) < 1:
         raise ConfigError(
-            f"cluster.weight_transfer: broadcast, but the {have} have GPUs and the {lack} have none, so NCCL does not "
-            "reach them; use weight_transfer: object_store"
+            f"cluster.weight_transfer: broadcast, but a learner rank has {learner:g} GPUs and a sampler {sampler:g}; "
+            "NCCL wants a whole one at either end; use weight_transfer: object_store"
         )
     return config.model_copy(update={"cluster": cluster.model_copy(update={"weight_transfer": chosen})})
 

@@ -59,7 +59,7 @@ from cispo.sampling.vllm_server import (
     completion_of,
     first_line,
 )
-from cispo.transfer import BY_BROADCAST, Incoming, Layout, Meeting, Receivers, Sender, TransferLost
+from cispo.transfer import BY_BROADCAST, Incoming, Layout, Meeting, Receivers, Sender, TransferLost, WeightsGone
 from cispo.types import (
     CispoError,
     Completion,
@@ -223,6 +223,11 @@ class _InProcess:
             yield
         except EngineDeadError as error:
             raise EngineLost("vllm: the engine core died") from error
+        except Exception as error:
+            # A call that is under way when one of the core's workers dies ends with a bare Exception.
+            if self._llm is not None and (self._llm.errored or str(error).endswith("failed: cancelled")):
+                raise EngineLost(f"vllm: the engine died during a call: {first_line(error)}") from error
+            raise
 
     async def close(self) -> None:
         if self._llm is not None:
@@ -313,6 +318,7 @@ class VllmSampler:
         self._engine: Any = None
         self._sender: Any = None
         self._meeting: Meeting | None = None
+        self._workers = config.tensor_parallel
         self._deaths: deque[float] = deque()
         self._tasks: dict[int, Future[None]] = {}
         self._arrived = threading.Condition()
@@ -579,6 +585,8 @@ class VllmSampler:
                 return
             except EngineLost as error:
                 lost = error
+        if self._newest.incoming is not None:
+            raise TransferLost(f"{BY_BROADCAST} {lost}") from lost
         await self._replace(engine, lost)  # the new engine starts with these weights
 
     async def _load(self, engine: Engine) -> None:
@@ -622,19 +630,25 @@ class VllmSampler:
         await engine.call("finish_weight_update", str(self._newest.version))
 
     async def _broadcast(self, engine: Engine, weights: Mapping[str, Tensor]) -> None:
-        """From this process to the engine's. Raises TransferLost."""
+        """From this process to the engine's. Raises RunError where it breaks off."""
         if self._sender is None:
             host = socket.gethostbyname(socket.gethostname()) if self.config.url else "127.0.0.1"
             device = next(iter(weights.values())).device
             limit = self.config.timeout_s
             self._sender = Sender(host, device, patience_s=limit, timeout_s=limit)
-            self._meeting = self._sender.meet([self.config.tensor_parallel])
+            self._meeting = self._sender.meet([self._workers])
         else:
             self._meeting = self._meeting.again()
         layout = Layout.of(weights)
         self._sender.open(self._meeting, layout, doors=False)  # the engine is called at the same time
         sending = asyncio.to_thread(self._sender.send, layout, (weights[name] for name in layout.names))
-        await asyncio.gather(sending, self._update(engine, _joining(self._meeting, self._meeting.doors[0])))
+        try:
+            await asyncio.gather(sending, self._update(engine, _joining(self._meeting, self._meeting.doors[0])))
+        except TransferLost as error:
+            raise RunError(
+                f"{error}; the engine has lost its weights with it: resume the run from its checkpoint, or use "
+                "vllm.weight_transfer: file"
+            ) from error
 
     async def _sleep(self, asleep: bool) -> None:
         lost = None
@@ -723,7 +737,7 @@ class VllmSampler:
                     self._deaths.popleft()
                 self._deaths.append(now)
                 if self._newest.incoming is not None:
-                    raise TransferLost(f"{error}, and the weights that it had are sent by somebody else") from error
+                    raise WeightsGone(f"{error}, and only the learner has the weights that it had") from error
                 if self.config.weight_transfer != "file":
                     raise RunError(
                         f"{error}; with vllm.weight_transfer: {self.config.weight_transfer} a new engine cannot be "
@@ -879,6 +893,7 @@ class VllmSampler:
             found = at(described, *keys)
             if str(found).removeprefix("torch.") != wanted.removeprefix("torch."):
                 raise ConfigError(f"{where} has {'.'.join(keys)} {found!r}, but this run needs {wanted!r}: add {flag}")
+        self._workers = int(at(described, "parallel_config", "tensor_parallel_size") or 1)
         length = at(described, "model_config", "max_model_len")
         if self.context_length is not None and length is not None and int(length) < self.context_length:
             self.context_length = int(length)
