@@ -130,7 +130,7 @@ def test_updates_in_flight_are_told_apart_by_token_or_drained(tiny_folder, drain
     assert mixed == 0 if drain else mixed > 0
 
 
-@pytest.mark.parametrize("staleness", [1, 3, 8])
+@pytest.mark.parametrize("staleness", [1, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_asynchronous_training_keeps_its_bound_and_learns(base_folder, tmp_path, staleness):
     words = ["--run_dir", str(tmp_path / "run"), "--async.max_staleness", str(staleness), "--steps", "20",
              "--eval.every", "20", "--eval.max_prompts", "256", "--threads", "1"]  # fmt: skip

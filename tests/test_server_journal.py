@@ -134,7 +134,7 @@ def test_the_report_shows_a_run_that_a_client_drove(tiny_folder, tmp_path):
         assert path.is_dir() or key not in path.read_text()
 
 
-@pytest.mark.parametrize("cut_every", [3, 1000])
+@pytest.mark.parametrize("cut_every", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_after_sigkill_steps_go_on_with_none_twice_and_none_missing(tiny_folder, tmp_path, cut_every):
     server = Server(tmp_path, model=[f"tiny={tiny_folder}"], cut_every=cut_every).start()
     server.wait_for_key()
