@@ -99,6 +99,16 @@ def requests(count, *, first=0, samples=4):
     ]
 
 
+def actors(title):
+    """This Ray's processes with a title, oldest first. Another Ray on the machine has nothing to do with it."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if (process.cmdline() or [""])[0].startswith(title):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)
+
+
 def all_of(sampler):
     """Every result, by request; a result that came twice is a failure."""
     found = {}
@@ -296,10 +306,7 @@ def test_a_broadcast_reaches_every_sampler_and_those_that_die_lose_nothing(parts
     assert versions(all_of(sampler)) == {4}  # none by the weights that a new sampler starts with
 
     learner._timeout_s = 10.0
-    ranks = sorted(
-        (p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Rank")),
-        key=psutil.Process.create_time,
-    )[-2:]
+    ranks = actors("ray::Rank")[-2:]
     stopped, meeting = sampler.processes()[0], sampler._meeting
     os.kill(stopped, signal.SIGSTOP)
 
@@ -466,8 +473,7 @@ def kill_after(run_dir, lines, title):
         path = run_dir / "metrics.jsonl"
         while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
             time.sleep(0.005)
-        actors = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(title)]
-        max(actors, key=lambda actor: actor.create_time()).kill()  # older ones are other tests'
+        actors(title)[-1].kill()  # older ones are other tests'
         killed.append(title)
 
     killed = []
