@@ -390,18 +390,11 @@ def _api(service: Service, keys: Keys) -> APIRouter:
         body = wire.parse_json(await _body(request, limit))
         await service.finish_session(owner, request.path_params["session_id"], body)
 
+    no_traces = "no traces are kept here; /metrics and the page at / show times"
     for method, path, instead in (
         ("PUT", "/sessions/{session_id}/project", "this server has no projects; user_metadata can name one"),
-        (
-            "GET",
-            "/sessions/{session_id}/trace_export",
-            "no traces are kept here; /metrics and the page at / show times",
-        ),
-        (
-            "POST",
-            "/sessions/{session_id}/trace_export",
-            "no traces are kept here; /metrics and the page at / show times",
-        ),
+        ("GET", "/sessions/{session_id}/trace_export", no_traces),
+        ("POST", "/sessions/{session_id}/trace_export", no_traces),
         ("GET", "/audit", "there is no audit log here; the server's own log is on its stderr"),
         ("GET", "/billing/usage/events", "nothing is billed here; /metrics counts tokens"),
         ("GET", "/billing/usage/checkpoints/current", "nothing is billed here; list_checkpoints gives sizes"),

@@ -636,6 +636,7 @@ class Service:
     def _let_go(self, gone: list[Sampler]) -> None:
         for sampler in gone:
             del self.samplers[sampler.id]
+            self._finished.pop(sampler.id, None)
         names = [(sampler.id,) for sampler in gone]
 
         def commit(db: sqlite3.Connection) -> list[str]:
