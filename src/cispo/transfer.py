@@ -24,7 +24,7 @@ import os
 import re
 import threading
 import time
-import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -106,9 +106,12 @@ class Layout:
 
     @classmethod
     def of(
-        cls, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None, limit: int = BUCKET_BYTES
+        cls, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None, limit: float = BUCKET_BYTES
     ) -> Layout:
-        """The layout of `weights` in their order. dtypes: in which they are sent, where it is not their own."""
+        """The layout of `weights` in their order. dtypes: in which they are sent, where it is not their own.
+
+        limit: bytes of a bucket that has more than one tensor.
+        """
         seen: dict[tuple[int, tuple[int, ...]], str] = {}
         aliases: dict[str, str] = {}
         buckets: list[tuple[Entry, ...]] = []
@@ -131,6 +134,18 @@ class Layout:
     @property
     def names(self) -> list[str]:
         return [entry.name for entry in itertools.chain.from_iterable(self.buckets)]
+
+    def read(self, buffers: Iterable[Tensor], *, aliases: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the buckets' buffers, which they share; tied ones under each of their names, or (without
+        `aliases`) once. One buffer at a time is asked for."""
+        others: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items() if aliases else ():
+            others.setdefault(name, []).append(alias)
+        for bucket, buffer in zip(self.buckets, buffers, strict=True):
+            for entry in bucket:
+                tensor = read(buffer, entry)
+                for name in (entry.name, *others.get(entry.name, ())):
+                    yield name, tensor
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -193,28 +208,26 @@ class _Group:
         if meeting.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout, options.group_name = timeout, f"weights-{meeting.number}"
-            with _blocking_waits():
+            # A member that is gone then raises an error in `wait`. By default `wait` only queues, and torch ends the
+            # whole process after the timeout. Not run by our tests, which have no GPU.
+            with environment({"TORCH_NCCL_BLOCKING_WAIT": "1"}):
                 return dist.ProcessGroupNCCL(store, self.rank, meeting.size, options)
         return dist.ProcessGroupGloo(store, self.rank, meeting.size, timeout)
 
 
 @contextlib.contextmanager
-def _blocking_waits() -> Iterator[None]:
-    """For NCCL groups made meanwhile: a member that is gone raises an error in `wait`.
-
-    By default `wait` only queues, and torch ends the whole process after the timeout. Not run by our tests, which have
-    no GPU.
-    """
-    name = "TORCH_NCCL_BLOCKING_WAIT"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process's environment, for what reads them meanwhile."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Sender:
@@ -314,17 +327,15 @@ class Receivers:
         _await(group.store, meeting, {key: "the sender's word"})
         with _translated("the sender's store"):
             layout = Layout.from_json(group.store.get(key).decode())
-        others: dict[str, list[str]] = {}
-        for alias, name in layout.aliases.items() if aliases else ():
-            others.setdefault(name, []).append(alias)
-        for bucket in layout.buckets:
-            buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=device)
-            group.broadcast(buffer)
-            alive()
-            for entry in bucket:
-                tensor = read(buffer, entry)
-                for name in (entry.name, *others.get(entry.name, ())):
-                    yield name, tensor
+
+        def buffers() -> Iterator[Tensor]:
+            for bucket in layout.buckets:
+                buffer = torch.empty(size_of(bucket), dtype=torch.uint8, device=device)
+                group.broadcast(buffer)
+                alive()
+                yield buffer
+
+        yield from layout.read(buffers(), aliases=aliases)
 
     def _joined(self, meeting: Meeting, rank: int) -> _Group:
         if self._group is None or (self._group.number, self._group.rank) != (meeting.number, rank):
@@ -333,8 +344,31 @@ class Receivers:
         return self._group
 
 
-class Incoming(Mapping[str, Tensor]):
-    """Weights that a transfer brings: received once, when they are first looked at, on `device`. Raises TransferLost.
+class Elsewhere(Mapping[str, Tensor]):
+    """Weights that lie elsewhere, and are fetched once, when one is looked at."""
+
+    _here: Mapping[str, Tensor] | None = None
+
+    @abstractmethod
+    def _fetch(self) -> Mapping[str, Tensor]: ...
+
+    def _fetched(self) -> Mapping[str, Tensor]:
+        if self._here is None:
+            self._here = self._fetch()
+        return self._here
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fetched()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetched())
+
+    def __len__(self) -> int:
+        return len(self._fetched())
+
+
+class Incoming(Elsewhere):
+    """Weights that a transfer brings, to be received on `device`. Looking at them raises TransferLost.
 
     A sampler whose engine has processes of its own lets those join `meeting` instead, as the members from `door` on.
     """
@@ -350,21 +384,9 @@ class Incoming(Mapping[str, Tensor]):
     ) -> None:
         self.meeting, self.door = meeting, door
         self._receivers, self._device, self._alive = receivers, device, alive
-        self._here: dict[str, Tensor] | None = None
 
-    def _received(self) -> dict[str, Tensor]:
-        if self._here is None:
-            self._here = dict(self._receivers.receive(self.meeting, self.door, self._device, alive=self._alive))
-        return self._here
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._received()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._received())
-
-    def __len__(self) -> int:
-        return len(self._received())
+    def _fetch(self) -> Mapping[str, Tensor]:
+        return dict(self._receivers.receive(self.meeting, self.door, self._device, alive=self._alive))
 
 
 def give_up(meeting: Meeting, why: str) -> None:
@@ -409,9 +431,7 @@ def _store_of(meeting: Meeting) -> dist.Store:
 def _translated(what: str) -> Iterator[None]:
     """Collectives and stores fail with RuntimeErrors whose texts say where, and never who."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except TransferLost:
         raise
     except RuntimeError as error:

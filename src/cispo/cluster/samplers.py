@@ -35,7 +35,7 @@ from torch import Tensor
 from cispo import model as models
 from cispo.cluster.weights import LiveWeights, StoredWeights, pack, put, unpack
 from cispo.config import Config
-from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
+from cispo.sampling.probe import LearnerLogprobs, Parity, Recent, accepted, compare, due
 from cispo.transfer import Incoming, Meeting, Receivers, TransferLost, WeightsGone, give_up
 from cispo.types import CispoError, Completion, RunError, Sampler, SampleRequest, SampleResult
 
@@ -274,7 +274,7 @@ class RaySamplerPool:
         kinds = [config.vllm.dtype if config.asynchrony.sampler == "vllm" else "auto", config.model.dtype]
         kind = next((kind for kind in kinds if kind != "auto"), None)
         dtype = getattr(torch, kind) if kind else getattr(model, "dtype", None) or torch.float32
-        self._tolerance = config.vllm.probe_tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+        self._tolerance = accepted(config.vllm, dtype)
         self._actor = ray.remote(concurrency_groups={"commands": 1, "results": 1})(Worker)
         self._seats = [_Seat(chosen, *devices[i : i + 1]) for i, chosen in enumerate(options)]
         for seat in self._seats:
@@ -568,7 +568,7 @@ class RaySamplerPool:
             seat.waits, seat.untold = True, list(seat.requests.values())
             return
         if self._weights is not None:
-            self._tell(seat, "stored", ((self._weights.reference,), self.version))
+            self._deliver([seat])
         for request in seat.requests.values():
             self._tell(seat, "submit", request)
 

@@ -8,10 +8,10 @@ on purpose: what samplers do with the weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,13 +20,11 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from cispo.transfer import Meeting
+from cispo.transfer import Elsewhere, Layout, Meeting, size_of, write
 from cispo.types import RunError
 
-Packed = tuple[list[tuple[str, str, tuple[int, ...], int]], np.ndarray]
-"""(name, dtype, shape, offset in bytes) of each tensor, and the bytes."""
-
-_ALIGNMENT = 64
+Packed = tuple[Layout, np.ndarray]
+"""What is where among the bytes (one bucket), and the bytes."""
 
 
 def put(value: Any) -> Any:
@@ -41,54 +39,22 @@ def put(value: Any) -> Any:
 
 
 def pack(weights: Mapping[str, Tensor]) -> Packed:
-    index, offset = [], 0
-    for name, tensor in weights.items():
-        index.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
-        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    buffer = np.empty(offset, dtype=np.uint8)
-    for (_, _, _, start), tensor in zip(index, weights.values(), strict=True):
-        flat = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-        buffer[start : start + len(flat)] = flat.numpy()
-    return index, buffer
+    layout = Layout.of(weights, limit=math.inf)
+    buffer = np.empty(sum(map(size_of, layout.buckets)), dtype=np.uint8)
+    for entry in itertools.chain.from_iterable(layout.buckets):
+        write(torch.from_numpy(buffer), entry, weights[entry.name])
+    return layout, buffer
 
 
 def unpack(packed: Packed) -> dict[str, Tensor]:
     """Tensors over the packed bytes, to be read only."""
-    index, buffer = packed
-    weights = {}
+    layout, buffer = packed
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor is it written to
-        for name, kind, shape, start in index:
-            dtype, count = getattr(torch, kind), math.prod(shape)
-            whole = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
-            weights[name] = whole.to(dtype).view(shape)
-    return weights
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
+        return dict(layout.read([torch.from_numpy(buffer)] if layout.buckets else []))
 
 
-class _Elsewhere(Mapping[str, Tensor]):
-    """Weights that are fetched when one is looked at."""
-
-    _here: dict[str, Tensor] | None = None
-
-    @abstractmethod
-    def _fetch(self) -> dict[str, Tensor]: ...
-
-    def _fetched(self) -> dict[str, Tensor]:
-        if self._here is None:
-            self._here = self._fetch()
-        return self._here
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._fetched()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fetched())
-
-    def __len__(self) -> int:
-        return len(self._fetched())
-
-
-class StoredWeights(_Elsewhere):
+class StoredWeights(Elsewhere):
     """Weights that lie in the object store under `reference`."""
 
     def __init__(self, reference: Any) -> None:
@@ -113,7 +79,7 @@ class Publisher(Protocol):
     def stored(self) -> StoredWeights: ...
 
 
-class LiveWeights(_Elsewhere):
+class LiveWeights(Elsewhere):
     """The weights that the learner has at this moment, and can send as long as they are `current`."""
 
     def __init__(self, learner: Publisher) -> None:

@@ -78,6 +78,11 @@ def due(updates: int, config: VllmConfig) -> bool:
     return updates <= config.probe_updates or bool(config.probe_every and updates % config.probe_every == 0)
 
 
+def accepted(config: VllmConfig, dtype: torch.dtype) -> float:
+    """The largest difference in nats that a probe lets pass, of samplers that compute in this dtype."""
+    return config.probe_tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+
+
 @dataclass(frozen=True)
 class Parity:
     """What one probe found: |sampler − learner| in nats, over `tokens` sampled tokens."""

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from cispo import model as models
 from cispo.config import VllmConfig
-from cispo.sampling.probe import TOLERANCE, LearnerLogprobs, Parity, Recent, compare, due
+from cispo.sampling.probe import LearnerLogprobs, Parity, Recent, accepted, compare, due
 from cispo.sampling.vllm_server import (
     SUPPORTED,
     Engine,
@@ -59,7 +59,17 @@ from cispo.sampling.vllm_server import (
     completion_of,
     first_line,
 )
-from cispo.transfer import BY_BROADCAST, Incoming, Layout, Meeting, Receivers, Sender, TransferLost, WeightsGone
+from cispo.transfer import (
+    BY_BROADCAST,
+    Incoming,
+    Layout,
+    Meeting,
+    Receivers,
+    Sender,
+    TransferLost,
+    WeightsGone,
+    environment,
+)
 from cispo.types import (
     CispoError,
     Completion,
@@ -154,7 +164,7 @@ class _InProcess:
         """Raises EngineLost where the engine does not come up."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with _engine_environment(self._threads if self._on_cpu else None):
+        with environment(_engine_environment(self._threads if self._on_cpu else None)):
             try:
                 self._llm = AsyncLLM.from_engine_args(self._arguments)
             except Exception as error:
@@ -305,7 +315,7 @@ class VllmSampler:
         self._reference, self.in_flight, self.recompute_kv = reference, in_flight, recompute_kv
         self._threads = threads
         self._sleeps, self._asleep = sleeps, False
-        self._tolerance = config.probe_tolerance or TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
+        self._tolerance = accepted(config, self.dtype)
         self._check_settings()
         self._folder: Path | None = None
         self._newest = _Weights(version)
@@ -944,10 +954,7 @@ class VllmSampler:
 
     def _write(self, weights: Mapping[str, Tensor], version: int) -> Path:
         """A safetensors file of the weights, each tensor once. Raises RunError where there is no room."""
-        unique: dict[tuple[int, tuple[int, ...]], str] = {}
-        for name, tensor in weights.items():
-            unique.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
-        tensors = {name: weights[name].detach().cpu().contiguous() for name in unique.values()}
+        tensors = {name: weights[name].detach().cpu().contiguous() for name in Layout.of(weights).names}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is None:
             self._folder, self._lock = _transfer_folder(self.config.transfer_dir, 2 * size)
@@ -1036,8 +1043,7 @@ def _transfer_folder(named: str | None, needed: int) -> tuple[Path, IO[bytes]]:
         raise ConfigError(f"vllm.transfer_dir: {parent} cannot be used: {error}") from error
 
 
-@contextlib.contextmanager
-def _engine_environment(threads: int | None) -> Iterator[None]:
+def _engine_environment(threads: int | None) -> dict[str, str]:
     """What the engine's processes inherit. Spinning OpenMP threads of two processes on the same cores cost a factor of
     forty; a forked engine would inherit the trainer's threads half-alive; and nobody is told that it runs."""
     wanted = {
@@ -1047,16 +1053,7 @@ def _engine_environment(threads: int | None) -> Iterator[None]:
     }
     if threads is not None:
         wanted |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return wanted
 
 
 # ------------------------------------------------------------------------------------- CUDA IPC (not run in our tests)
